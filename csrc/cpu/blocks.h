@@ -1,0 +1,83 @@
+// Blocks: how the statistics and the dense gradient sums cut a map.  The cut depends on the shape alone, never on the
+// number of threads, so results do not either.
+#pragma once
+
+#include "../params.h"
+
+namespace layerwise::cpu {
+
+// channels_last: a block is a run of pixels that are equally spaced in memory; about kBlockBytes, so that its second
+// reading comes from the L2 cache.  contiguous: a block is one plane (n, c), and all channels of a sample share an index.
+struct Blocks {
+  int64_t count;       // blocks per channel
+  int64_t tasks;       // units of work: count, or N*C planes
+  int64_t rows;        // runs per sample: H, or 1 where rows follow each other without a gap
+  int64_t run_length;  // pixels of a run
+  int64_t block_length;
+  int64_t blocks_per_run;
+};
+
+struct Block {
+  int64_t n, h, w;  // first pixel
+  int64_t length;   // pixels
+};
+
+constexpr int64_t kBlockBytes = 128 * 1024;
+
+static inline int64_t element_size(DType dtype) {
+  return dtype == DType::kBFloat16 ? 2 : dtype == DType::kFloat32 ? 4 : 8;
+}
+
+static inline bool rows_follow_each_other(const Shape& shape, const Strides& s) { return s.h == shape.w * s.w; }
+static inline bool samples_follow_each_other(const Shape& shape, const Strides& s) {
+  return s.n == shape.h * shape.w * s.w;
+}
+
+// Cuts a map that is read through the strides a and b at once.
+static inline Blocks make_blocks(const Map& map, const Strides& a, const Strides& b) {
+  const Shape& s = map.shape;
+  if (map.layout == Layout::kContiguous) return {s.n, s.n * s.c, s.h, s.w, s.h * s.w, 1};
+  const bool merge_rows = rows_follow_each_other(s, a) && rows_follow_each_other(s, b);
+  const bool merge_all = merge_rows && samples_follow_each_other(s, a) && samples_follow_each_other(s, b);
+  const int64_t runs = merge_all ? 1 : merge_rows ? s.n : s.n * s.h;
+  const int64_t run_length = s.n * s.h * s.w / runs;
+  int64_t length = kBlockBytes / (s.c * element_size(map.dtype));
+  length = length < 1 ? 1 : length > run_length ? run_length : length;
+  const int64_t per_run = (run_length + length - 1) / length;
+  return {runs * per_run, runs * per_run, merge_rows ? 1 : s.h, run_length, length, per_run};
+}
+
+// channels_last only.
+static inline Block block_at(const Blocks& b, int64_t index) {
+  const int64_t run = index / b.blocks_per_run;
+  const int64_t w = index % b.blocks_per_run * b.block_length;
+  const int64_t rest = b.run_length - w;
+  return {run / b.rows, run % b.rows, w, rest < b.block_length ? rest : b.block_length};
+}
+
+// Elements per channel in block `index`, either layout.
+static inline int64_t block_elements(const Map& map, const Blocks& b, int64_t index) {
+  return map.layout == Layout::kContiguous ? b.block_length : block_at(b, index).length;
+}
+
+// The weight gradient cuts the output channels into blocks, of which the last may be shorter by multiples of
+// kWeightGradientLanes, and forms dz for about kWeightGradientRowBytes at a time, so that it stays in the L2 cache.
+constexpr int64_t kWeightGradientBlock = 64;
+constexpr int64_t kWeightGradientLanes = 16;
+constexpr int64_t kWeightGradientRowBytes = 64 * 1024;
+
+static inline int64_t weight_gradient_blocks(const Shape& s) {
+  return (s.c + kWeightGradientBlock - 1) / kWeightGradientBlock;
+}
+
+static inline int64_t weight_gradient_rows(const Shape& s) {
+  const int64_t rows = kWeightGradientRowBytes / (s.w * kWeightGradientBlock * static_cast<int64_t>(sizeof(float)));
+  return rows < 1 ? 1 : rows > s.h ? s.h : rows;
+}
+
+// Floats of the scratch buffer of a task.
+static inline int64_t weight_gradient_scratch(const Shape& s) {
+  return weight_gradient_rows(s) * s.w * kWeightGradientBlock;
+}
+
+}  // namespace layerwise::cpu

@@ -1,0 +1,353 @@
+// CPU kernels.  Compiled once for each instruction set, LAYERWISE_ISA being its name: see CMakeLists.txt, dispatch.cpp.
+//
+// channels_last kernels run vectors over the channels, contiguous ones over the width.  Inside a pooling cell all
+// per-channel values and all running sums stay in registers.
+
+#include "kernels.h"
+
+#include "blocks.h"
+#include "input_gradient.h"
+#include "kernel_common.h"
+#include "weight_gradient.h"
+
+namespace layerwise::cpu::LAYERWISE_ISA {
+namespace {
+
+// -- Statistics -------------------------------------------------------------------------------------------------
+
+// Corrected two-pass: the first pass finds the mean of the block, the second sums deviations from it, so a mean much
+// larger than the deviation does not cancel; the sum of deviations repairs the rounding of the mean itself.
+template <class A>
+struct Deviations {
+  Vec<A> center, first{}, second{};
+
+  ALWAYS_INLINE void add(Vec<A> d) {
+    first += d;
+    second += d * d;
+  }
+};
+
+template <class T, class A>
+void statistics_channels_last(const StatisticsParams& p, int64_t begin, int64_t end) {
+  const Shape& shape = p.map.shape;
+  const Blocks blocks = make_blocks(p.map, p.z_strides, p.z_copy == nullptr ? p.z_strides : p.z_copy_strides);
+  const int64_t pitch = p.z_strides.w;
+  // Backwards: the end of the map was written last and is the most likely to be in a cache.
+  for (int64_t t = end - 1; t >= begin; --t) {
+    const Block block = block_at(blocks, t);
+    const T* z = at<T>(p.z, p.z_strides, block.n, 0, block.h, block.w);
+    if (p.z_copy != nullptr) {
+      T* copy = at<T>(p.z_copy, p.z_copy_strides, block.n, 0, block.h, block.w);
+      for (int64_t i = 0; i < block.length; ++i)
+        __builtin_memcpy(copy + i * p.z_copy_strides.w, z + i * pitch, shape.c * sizeof(T));
+    }
+    A* mean = static_cast<A*>(p.block_mean) + t * shape.c;
+    A* m2 = static_cast<A*>(p.block_m2) + t * shape.c;
+    const Vec<A> inverse_count = broadcast(A(1) / A(block.length));
+    for_each_vector<A>(shape.c, [&](int64_t c, auto access) ALWAYS_INLINE {
+      Vec<A> sum{}, other_sum{};
+      int64_t i = 0;
+      for (; i + 2 <= block.length; i += 2) {
+        sum += access.get(z + i * pitch + c);
+        other_sum += access.get(z + (i + 1) * pitch + c);
+      }
+      if (i < block.length) sum += access.get(z + i * pitch + c);
+      Deviations<A> d{(sum + other_sum) * inverse_count};
+      for (i = 0; i < block.length; ++i) d.add(access.get(z + i * pitch + c) - d.center);
+      access.put(mean + c, d.center + d.first * inverse_count);
+      access.put(m2 + c, d.second - d.first * d.first * inverse_count);
+    });
+  }
+}
+
+template <class T, class A>
+void statistics_contiguous(const StatisticsParams& p, int64_t begin, int64_t end) {
+  const Shape& shape = p.map.shape;
+  const bool flat = rows_follow_each_other(shape, p.z_strides) &&
+                    (p.z_copy == nullptr || rows_follow_each_other(shape, p.z_copy_strides));
+  const int64_t rows = flat ? 1 : shape.h;
+  const int64_t length = flat ? shape.h * shape.w : shape.w;
+  const A inverse_count = A(1) / A(shape.h * shape.w);
+  for (int64_t t = end - 1; t >= begin; --t) {
+    const int64_t n = t / shape.c, c = t % shape.c;
+    const auto row = [&](int64_t h) { return at<T>(p.z, p.z_strides, n, c, h, 0); };
+    Vec<A> sum{};
+    for (int64_t h = 0; h < rows; ++h) {
+      const T* z = row(h);
+      if (p.z_copy != nullptr) __builtin_memcpy(at<T>(p.z_copy, p.z_copy_strides, n, c, h, 0), z, length * sizeof(T));
+      for_each_vector<A>(length, [&](int64_t w, auto access) ALWAYS_INLINE { sum += access.get(z + w); });
+    }
+    Deviations<A> d{broadcast(horizontal_sum<A>(sum) * inverse_count)};
+    for (int64_t h = 0; h < rows; ++h) {
+      const T* z = row(h);
+      for_each_vector<A>(length, [&](int64_t w, auto access) ALWAYS_INLINE {
+        d.add(access.keep(access.get(z + w) - d.center));
+      });
+    }
+    const A first = horizontal_sum<A>(d.first);
+    static_cast<A*>(p.block_mean)[t] = d.center[0] + first * inverse_count;
+    static_cast<A*>(p.block_m2)[t] = horizontal_sum<A>(d.second) - first * first * inverse_count;
+  }
+}
+
+// -- Apply ------------------------------------------------------------------------------------------------------
+
+// The sums over one cell (header of params.h); with ReLU s*y = y, so B0 is m1.
+template <class A, bool kReLU>
+struct CellSums {
+  Vec<A> m1{}, m2{}, a0{}, a1{}, b0{}, b1{};
+
+  ALWAYS_INLINE void add(Activated<Vec<A>> a, Vec<A> xhat) {
+    m1 += a.y;
+    m2 += a.y * a.y;
+    a0 += a.slope;
+    a1 += a.slope * xhat;
+    if constexpr (kReLU) {
+      b1 += a.y * xhat;
+    } else {
+      const Vec<A> slope_y = a.slope * a.y;
+      b0 += slope_y;
+      b1 += slope_y * xhat;
+    }
+  }
+
+  // Calls put(target, value) for each sum at `offset` of its array.
+  template <class Put>
+  ALWAYS_INLINE void write(const ApplyParams& p, int64_t offset, const Put& put) const {
+    const int64_t plane = p.map.shape.n * p.map.shape.c * p.bins_h * p.bins_w;
+    A* sums = static_cast<A*>(p.sums) + offset;
+    put(static_cast<A*>(p.m1) + offset, m1);
+    put(static_cast<A*>(p.m2) + offset, m2);
+    put(sums, a0);
+    put(sums + plane, a1);
+    put(sums + 2 * plane, kReLU ? m1 : b0);
+    put(sums + 3 * plane, b1);
+  }
+};
+
+template <class T, class A, bool kReLU, bool kMoments>
+void apply_channels_last(const ApplyParams& p, int64_t begin, int64_t end) {
+  const Shape& shape = p.map.shape;
+  const Vec<A> negative_slope = broadcast(A(p.activation.negative_slope));
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t n = t / p.bins_h, i = t % p.bins_h;
+    const int64_t h_begin = cell_begin(i, shape.h, p.bins_h), h_end = cell_end(i, shape.h, p.bins_h);
+    const int64_t h_own = cell_own_begin(i, shape.h, p.bins_h);  // earlier rows are written by the task before
+    for (int64_t j = 0; j < p.bins_w; ++j) {
+      const int64_t w_begin = cell_begin(j, shape.w, p.bins_w), w_end = cell_end(j, shape.w, p.bins_w);
+      for_each_vector<A>(shape.c, [&](int64_t c, auto access) ALWAYS_INLINE {
+        const Coefficients<A> k(p.channels, c, access);
+        CellSums<A, kReLU> sums;
+        for (int64_t h = h_begin; h < h_end; ++h) {
+          const T* z = at<T>(p.z, p.z_strides, n, c, h, w_begin);
+          T* y = at<T>(p.y, p.y_strides, n, c, h, w_begin);
+          const bool own = h >= h_own;
+          for (int64_t w = w_begin; w < w_end; ++w, z += p.z_strides.w, y += p.y_strides.w) {
+            const Vec<A> xhat = k.xhat(access.get(z));
+            const Activated<Vec<A>> a = activate<kReLU>(k.u(xhat), negative_slope);
+            if (own) access.put(y, a.y);
+            if constexpr (kMoments) sums.add(a, xhat);
+          }
+        }
+        if constexpr (kMoments) {
+          sums.write(p, ((n * p.bins_h + i) * p.bins_w + j) * shape.c + c,
+                     [&](A* target, Vec<A> v) ALWAYS_INLINE { access.put(target, v); });
+        }
+      });
+    }
+  }
+}
+
+template <class T, class A, bool kReLU, bool kMoments>
+void apply_contiguous(const ApplyParams& p, int64_t begin, int64_t end) {
+  const Shape& shape = p.map.shape;
+  const Vec<A> negative_slope = broadcast(A(p.activation.negative_slope));
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t n = t / shape.c, c = t % shape.c;
+    const Coefficients<A> k(p.channels, c, Broadcast<A>{});
+    for (int64_t i = 0; i < p.bins_h; ++i) {
+      for (int64_t j = 0; j < p.bins_w; ++j) {
+        const int64_t w_begin = cell_begin(j, shape.w, p.bins_w), w_end = cell_end(j, shape.w, p.bins_w);
+        CellSums<A, kReLU> sums;
+        for (int64_t h = cell_begin(i, shape.h, p.bins_h); h < cell_end(i, shape.h, p.bins_h); ++h) {
+          const T* z = at<T>(p.z, p.z_strides, n, c, h, w_begin);
+          T* y = at<T>(p.y, p.y_strides, n, c, h, w_begin);
+          for_each_vector<A>(w_end - w_begin, [&](int64_t w, auto access) ALWAYS_INLINE {
+            const Vec<A> xhat = k.xhat(access.get(z + w));
+            const Activated<Vec<A>> a = activate<kReLU>(k.u(xhat), negative_slope);
+            access.put(y + w, a.y);
+            if constexpr (kMoments) sums.add({access.keep(a.y), access.keep(a.slope)}, access.keep(xhat));
+          });
+        }
+        if constexpr (kMoments) {
+          sums.write(p, (t * p.bins_h + i) * p.bins_w + j,
+                     [](A* target, Vec<A> v) ALWAYS_INLINE { *target = horizontal_sum<A>(v); });
+        }
+      }
+    }
+  }
+}
+
+// -- Backward: sums -----------------------------------------------------------------------------------------------
+
+template <class A>
+struct DenseSums {
+  Vec<A> dbeta{}, dgamma{};
+
+  ALWAYS_INLINE void add(Vec<A> du, Vec<A> xhat) {
+    dbeta += du;
+    dgamma += du * xhat;
+  }
+};
+
+template <class T, class A, bool kReLU>
+void dense_sums_channels_last(const DenseSumsParams& p, int64_t begin, int64_t end) {
+  const Shape& shape = p.map.shape;
+  const Blocks blocks = make_blocks(p.map, p.z_strides, p.grad_y_strides);
+  const Vec<A> negative_slope = broadcast(A(p.activation.negative_slope));
+  for (int64_t t = begin; t < end; ++t) {
+    const Block block = block_at(blocks, t);
+    for_each_vector<A>(shape.c, [&](int64_t c, auto access) ALWAYS_INLINE {
+      const Coefficients<A> k(p.channels, c, access);
+      const T* z = at<T>(p.z, p.z_strides, block.n, c, block.h, block.w);
+      const T* g = at<T>(p.grad_y, p.grad_y_strides, block.n, c, block.h, block.w);
+      DenseSums<A> sums;
+      for (int64_t i = 0; i < block.length; ++i, z += p.z_strides.w, g += p.grad_y_strides.w) {
+        const Vec<A> xhat = k.xhat(access.get(z));
+        sums.add(activate<kReLU>(k.u(xhat), negative_slope).slope * access.get(g), xhat);
+      }
+      access.put(static_cast<A*>(p.block_dbeta) + t * shape.c + c, sums.dbeta);
+      access.put(static_cast<A*>(p.block_dgamma) + t * shape.c + c, sums.dgamma);
+    });
+  }
+}
+
+template <class T, class A, bool kReLU>
+void dense_sums_contiguous(const DenseSumsParams& p, int64_t begin, int64_t end) {
+  const Shape& shape = p.map.shape;
+  const Vec<A> negative_slope = broadcast(A(p.activation.negative_slope));
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t n = t / shape.c, c = t % shape.c;
+    const Coefficients<A> k(p.channels, c, Broadcast<A>{});
+    DenseSums<A> sums;
+    for (int64_t h = 0; h < shape.h; ++h) {
+      const T* z = at<T>(p.z, p.z_strides, n, c, h, 0);
+      const T* g = at<T>(p.grad_y, p.grad_y_strides, n, c, h, 0);
+      for_each_vector<A>(shape.w, [&](int64_t w, auto access) ALWAYS_INLINE {
+        const Vec<A> xhat = k.xhat(access.get(z + w));  // lanes beyond the tail have g = 0
+        sums.add(activate<kReLU>(k.u(xhat), negative_slope).slope * access.get(g + w), xhat);
+      });
+    }
+    static_cast<A*>(p.block_dbeta)[t] = horizontal_sum<A>(sums.dbeta);
+    static_cast<A*>(p.block_dgamma)[t] = horizontal_sum<A>(sums.dgamma);
+  }
+}
+
+// Strided over the moments as [N, C, cells]: sample pitch, cell pitch and channel pitch differ between the layouts.
+template <class A>
+void cell_sums(const CellSumsParams& p, int64_t begin, int64_t end) {
+  const Shape& shape = p.map.shape;
+  const int64_t cells = p.bins_h * p.bins_w;
+  const int64_t plane = shape.n * shape.c * cells;
+  const A* a0 = static_cast<const A*>(p.sums);
+  const auto add = [&](const void* gradient, double factor, const A* zeroth, const A* first) {
+    if (gradient == nullptr) return;
+    const A* g = static_cast<const A*>(gradient);
+    if (p.map.layout == Layout::kContiguous) {
+      for (int64_t c = begin; c < end; ++c) {
+        for (int64_t n = 0; n < shape.n; ++n) {
+          const int64_t row = (n * shape.c + c) * cells;
+          for (int64_t k = row; k < row + cells; ++k) {
+            p.dbeta[c] += factor * g[k] * zeroth[k];
+            p.dgamma[c] += factor * g[k] * first[k];
+          }
+        }
+      }
+    } else {
+      for (int64_t row = 0; row < shape.n * cells; ++row) {
+        for (int64_t c = begin; c < end; ++c) {
+          const int64_t k = row * shape.c + c;
+          p.dbeta[c] += factor * g[k] * zeroth[k];
+          p.dgamma[c] += factor * g[k] * first[k];
+        }
+      }
+    }
+  };
+  add(p.p, 1, a0, a0 + plane);
+  add(p.q, 2, a0 + 2 * plane, a0 + 3 * plane);
+}
+
+// -- Dispatch on dtype, layout and form -----------------------------------------------------------------------------
+
+void statistics(const StatisticsParams& p, int64_t begin, int64_t end) {
+  for_dtype(p.map.dtype, [&](auto element) {
+    using T = decltype(element);
+    using A = typename ComputeType<T>::type;
+    if (p.map.layout == Layout::kChannelsLast)
+      statistics_channels_last<T, A>(p, begin, end);
+    else
+      statistics_contiguous<T, A>(p, begin, end);
+  });
+}
+
+void apply(const ApplyParams& p, int64_t begin, int64_t end) {
+  for_dtype(p.map.dtype, [&](auto element) {
+    using T = decltype(element);
+    using A = typename ComputeType<T>::type;
+    for_bool(p.activation.relu, [&](auto relu) {
+      for_bool(p.m1 != nullptr, [&](auto moments) {
+        if (p.map.layout == Layout::kChannelsLast)
+          apply_channels_last<T, A, relu.value, moments.value>(p, begin, end);
+        else
+          apply_contiguous<T, A, relu.value, moments.value>(p, begin, end);
+      });
+    });
+  });
+}
+
+void dense_sums(const DenseSumsParams& p, int64_t begin, int64_t end) {
+  for_dtype(p.map.dtype, [&](auto element) {
+    using T = decltype(element);
+    using A = typename ComputeType<T>::type;
+    for_bool(p.activation.relu, [&](auto relu) {
+      if (p.map.layout == Layout::kChannelsLast)
+        dense_sums_channels_last<T, A, relu.value>(p, begin, end);
+      else
+        dense_sums_contiguous<T, A, relu.value>(p, begin, end);
+    });
+  });
+}
+
+void cell_sums(const CellSumsParams& p, int64_t begin, int64_t end) {
+  if (p.map.dtype == DType::kFloat64)
+    cell_sums<double>(p, begin, end);
+  else
+    cell_sums<float>(p, begin, end);
+}
+
+void input_gradient(const InputGradientParams& p, int64_t begin, int64_t end) {
+  for_dtype(p.map.dtype, [&](auto element) {
+    using T = decltype(element);
+    using A = typename ComputeType<T>::type;
+    for_bool(p.activation.relu, [&](auto relu) {
+      for_bool(p.q != nullptr, [&](auto q) {
+        for_bool(p.grad_y != nullptr, [&](auto dense) {
+          if (p.map.layout == Layout::kChannelsLast)
+            input_gradient_channels_last<T, A, relu.value, q.value, dense.value>(p, begin, end);
+          else
+            input_gradient_contiguous<T, A, relu.value, q.value, dense.value>(p, begin, end);
+        });
+      });
+    });
+  });
+}
+
+}  // namespace
+
+#if defined(__AVX512F__)
+extern const Kernels kernels = {statistics, apply, dense_sums, cell_sums, input_gradient, weight_gradient};
+#else
+extern const Kernels kernels = {statistics, apply, dense_sums, cell_sums, input_gradient, nullptr};
+#endif
+
+}  // namespace layerwise::cpu::LAYERWISE_ISA

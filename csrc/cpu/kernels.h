@@ -1,0 +1,33 @@
+// The table of CPU kernels of one instruction set.
+#pragma once
+
+#include "../params.h"
+
+namespace layerwise::cpu {
+
+// Each kernel does the tasks [begin, end) of its pass; tasks are independent of each other.
+struct Kernels {
+  void (*statistics)(const StatisticsParams&, int64_t begin, int64_t end);         // blocks, see blocks.h
+  void (*apply)(const ApplyParams&, int64_t begin, int64_t end);                   // channels_last: (n, bin row); contiguous: (n, c)
+  void (*dense_sums)(const DenseSumsParams&, int64_t begin, int64_t end);          // blocks
+  void (*cell_sums)(const CellSumsParams&, int64_t begin, int64_t end);            // channels
+  void (*input_gradient)(const InputGradientParams&, int64_t begin, int64_t end);  // channels_last: (n, row segment); contiguous: (n, c)
+  // Null where the instruction set has too few registers for it to beat the library's convolution.
+  void (*weight_gradient)(const WeightGradientParams&, int64_t begin, int64_t end, float* scratch);  // (chunk, channel block)
+};
+
+// Defined by kernels.cpp, which is compiled once for each instruction set.
+namespace portable {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
+
+}  // namespace layerwise::cpu

@@ -1,0 +1,45 @@
+// The passes of the operator on the CPU: kernels over parallel tasks, and the combination of their partial results.
+#pragma once
+
+#include <functional>
+#include <vector>
+
+#include "../params.h"
+
+namespace layerwise::cpu {
+
+// Runs body(begin, end) over [0, tasks) on the caller's thread pool, at least `grain` tasks at a time.
+using ParallelFor = std::function<void(int64_t tasks, int64_t grain, const std::function<void(int64_t, int64_t)>& body)>;
+
+// Mean and biased variance per channel, over one map or over the pieces of one.
+class BatchStatistics {
+ public:
+  explicit BatchStatistics(int64_t channels) : channels_(channels) {}
+
+  // block_mean and block_m2 of p are set here.
+  void add(StatisticsParams p, const ParallelFor& parallel_for);
+  void finish(double* mean, double* var) const;  // [C] each
+
+ private:
+  int64_t channels_;
+  int64_t elements_ = 0;
+  std::vector<double> block_elements_;  // [blocks]
+  std::vector<double> block_mean_;      // [blocks, C]
+  std::vector<double> block_m2_;        // [blocks, C]
+};
+
+void apply(const ApplyParams& p, const ParallelFor& parallel_for);
+
+// dbeta and dgamma, [C] each, are added to.  block_dbeta and block_dgamma of p are set here.
+void dense_sums(DenseSumsParams p, double* dbeta, double* dgamma, const ParallelFor& parallel_for);
+void cell_sums(const CellSumsParams& p, const ParallelFor& parallel_for);
+
+void input_gradient(const InputGradientParams& p, const ParallelFor& parallel_for);
+
+// Whether the kernels in use can do it: channels_last float32, a multiple of 16 output channels, AVX-512.
+bool has_weight_gradient(const Map& dz, const Strides& x_strides);
+
+// Writes dw[k, c, kh, kw] through its strides {k, c, kh, kw}.  chunks and dw of p are set here.
+void weight_gradient(WeightGradientParams p, float* dw, const Strides& dw_strides, const ParallelFor& parallel_for);
+
+}  // namespace layerwise::cpu

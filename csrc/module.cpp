@@ -1,0 +1,32 @@
+// Build information and kernel switches.  The operators register themselves when this library is loaded (ops.cpp).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "build_info.h"
+#include "cpu/dispatch.h"
+#include "cpu/memory.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  using namespace layerwise;
+  m.def("build_info", [] {
+    py::dict info;
+    info["version"] = kVersion;
+    info["torch at build"] = kTorchVersion;
+    info["torch needed"] = std::string(">= ") + kTorchMinimum;
+    info["compiler"] = kCompiler;
+    info["flags"] = kFlags;
+    info["CPU kernels"] = kCapabilities;
+    info["CUDA kernels"] = kCuda;
+    info["sanitizers"] = kSanitize;
+    return info;
+  });
+  m.def("cpu_capabilities", &cpu::available_capabilities);
+  m.def("cpu_capability", &cpu::capability);
+  m.def("set_cpu_capability", &cpu::set_capability, py::arg("name"));
+  m.def("cache_limit", &cpu::cache_limit);
+  m.def("set_cache_limit", &cpu::set_cache_limit, py::arg("bytes"));
+  m.def("cached_bytes", &cpu::cached_bytes);
+  m.def("empty_cache", &cpu::empty_cache);
+}

@@ -1,0 +1,563 @@
+// Operator schemas, checks and dispatch, through the LibTorch stable ABI: with maps.h the only code that knows torch.
+//
+// Shapes: z, y [N, C, H, W]; m1, m2 [N, C, bins_h, bins_w]; per-channel tensors [C]; sums [4 * N * C * bins_h * bins_w],
+// that is A0, A1, B0, B1, each laid out as m1.  Sums and statistics are float32, or float64 for float64 maps.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+
+#include "cpu/memory.h"
+#include "cpu/passes.h"
+#include "maps.h"
+
+namespace layerwise {
+namespace {
+
+// A batch whose pre-activation is larger than the second number is convolved in pieces of about the first.  Larger
+// blocks never come from the C library's heap (its M_MMAP_THRESHOLD grows no further) but freshly mapped each time, and
+// their page faults then cost a good part of the convolution itself.
+constexpr int64_t kConvolutionPieceBytes = 16 << 20;
+constexpr int64_t kConvolutionWholeBytes = 32 << 20;
+
+void parallel_for(int64_t tasks, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
+  torch::stable::parallel_for(0, tasks, grain, body);
+}
+
+// -- Checks -----------------------------------------------------------------------------------------------------------
+
+void check_map(const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 4, name, " must have 4 dimensions [N, C, H, W], got shape ", to_string(size_of(t)));
+  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU: this build has no kernels for its device");
+  const ScalarType dtype = t.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Double, name,
+                  " must be float32, bfloat16 or float64, got ", dtype_name(dtype));
+  STD_TORCH_CHECK(t.numel() > 0, name, " must not be empty, got shape ", to_string(size_of(t)));
+}
+
+void check_channels(const char* name, const OptionalTensor& t, int64_t channels) {
+  if (!t.has_value()) return;
+  STD_TORCH_CHECK(t->is_cpu(), name, " must be on the CPU, as the map is");
+  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == channels, name, " must have shape [", channels,
+                  "], one value per channel, got ", to_string(size_of(*t)));
+  const ScalarType dtype = t->scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Double, name,
+                  " must be float32, bfloat16 or float64, got ", dtype_name(dtype));
+}
+
+Activation check_activation(const std::string& name, double negative_slope) {
+  STD_TORCH_CHECK(std::isfinite(negative_slope), "negative_slope must be finite, got ", negative_slope);
+  if (name == "relu") return {true, 0.0};
+  if (name == "leaky_relu") return {false, negative_slope};
+  if (name == "identity") return {false, 1.0};
+  STD_TORCH_CHECK(false, "activation must be 'relu', 'leaky_relu' or 'identity', got '", name, "'");
+}
+
+// No bins: no moments.
+void check_bins(const Ints& bins, const Shape& s) {
+  if (bins.empty()) return;
+  STD_TORCH_CHECK(bins.size() == 2, "bins must be (bins_h, bins_w), got ", to_string(bins));
+  STD_TORCH_CHECK(bins[0] >= 1 && bins[0] <= s.h && bins[1] >= 1 && bins[1] <= s.w, "bins must lie between (1, 1) and (",
+                  s.h, ", ", s.w, "), the size of the map, got (", bins[0], ", ", bins[1], ")");
+}
+
+// -- The normalisation as kernels take it -----------------------------------------------------------------------------
+
+Map map_of(const Tensor& z, Layout layout) {
+  const ScalarType dtype = z.scalar_type();
+  return {shape_of(z), layout,
+          dtype == ScalarType::Float      ? DType::kFloat32
+          : dtype == ScalarType::BFloat16 ? DType::kBFloat16
+                                          : DType::kFloat64};
+}
+
+// What the forward and the backward passes share: coefficients per channel, activation, cells.
+struct Normalization {
+  Values mean, rstd, gamma, beta;
+  Activation activation;
+  ChannelArrays arrays;
+
+  Normalization(const Tensor& z, Values mean_, const Values& var, const OptionalTensor& weight,
+                const OptionalTensor& bias, double eps, Activation activation_)
+      : mean(std::move(mean_)),
+        rstd(var),
+        gamma(read_values(weight, mean.size(), 1.0)),
+        beta(read_values(bias, mean.size(), 0.0)),
+        activation(activation_),
+        arrays(z.scalar_type()) {
+    for (double& v : rstd) v = 1.0 / std::sqrt(v + eps);
+  }
+
+  Channels channels() { return {arrays.add(mean), arrays.add(rstd), arrays.add(gamma), arrays.add(beta)}; }
+};
+
+// Cells to walk through a map that has no moments: a row at a time.
+Ints cells_or_rows(const Ints& bins, const Shape& s) { return bins.empty() ? Ints{s.h, 1} : bins; }
+
+// Large maps come from the pool of memory.h.
+Tensor allocate_map(const Tensor& like, const Shape& s, Layout layout) {
+  const int64_t bytes = s.n * s.c * s.h * s.w * like.element_size();
+#if !defined(__SANITIZE_ADDRESS__)  // the sanitizer sees overruns only in memory of its own allocator
+  if (bytes >= cpu::kPooledBytes) {
+    const Strides d = dense_strides(s, layout);
+    const Ints size{s.n, s.c, s.h, s.w}, strides{d.n, d.c, d.h, d.w};
+    return torch::stable::from_blob(cpu::acquire(bytes), size, strides, like.device(), like.scalar_type(), &cpu::release);
+  }
+#endif
+  return empty_map(like, s, layout, like.scalar_type());
+}
+
+// z as the kernels can read it: as it is wherever C or W is innermost.
+std::pair<Tensor, Layout> readable(const Tensor& z) {
+  if (const auto layout = readable_layout(z)) return {z, *layout};
+  return {dense_copy(z, Layout::kContiguous), Layout::kContiguous};
+}
+
+struct Statistics {
+  Values mean, var;  // of z
+};
+
+StatisticsParams statistics_params(const Tensor& z, Layout layout) {
+  StatisticsParams p{};
+  p.map = map_of(z, layout);
+  p.z = z.const_data_ptr();
+  p.z_strides = strides_of(z);
+  return p;
+}
+
+Statistics finish(const cpu::BatchStatistics& statistics, int64_t channels) {
+  Statistics s{Values(channels), Values(channels)};
+  statistics.finish(s.mean.data(), s.var.data());
+  return s;
+}
+
+Statistics batch_statistics(const Tensor& z, Layout layout) {
+  cpu::BatchStatistics statistics(z.size(1));
+  statistics.add(statistics_params(z, layout), parallel_for);
+  return finish(statistics, z.size(1));
+}
+
+// -- Forward ------------------------------------------------------------------------------------------------------------
+
+using Moments = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // y, m1, m2, sums; the last three empty without bins
+
+Moments apply(const Tensor& z, Layout layout, Normalization& normalization, const Ints& bins) {
+  const Shape s = shape_of(z);
+  const ScalarType accumulation = accumulation_type(z.scalar_type());
+  const Ints cells = cells_or_rows(bins, s);
+  const Shape moments = bins.empty() ? Shape{0, s.c, 1, 1} : Shape{s.n, s.c, bins[0], bins[1]};
+  Tensor y = allocate_map(z, s, layout);
+  Tensor m1 = empty_map(z, moments, layout, accumulation);
+  Tensor m2 = empty_map(z, moments, layout, accumulation);
+  Tensor sums = empty_vector(z, 4 * m1.numel(), accumulation);
+
+  ApplyParams p{};
+  p.map = map_of(z, layout);
+  p.bins_h = cells[0];
+  p.bins_w = cells[1];
+  p.z = z.const_data_ptr();
+  p.z_strides = strides_of(z);
+  p.y = y.mutable_data_ptr();
+  p.y_strides = strides_of(y);
+  p.channels = normalization.channels();
+  p.activation = normalization.activation;
+  if (!bins.empty()) {
+    p.m1 = m1.mutable_data_ptr();
+    p.m2 = m2.mutable_data_ptr();
+    p.sums = sums.mutable_data_ptr();
+  }
+  cpu::apply(p, parallel_for);
+  return {y, m1, m2, sums};
+}
+
+Tensor channel_tensor(const Tensor& z, const Values& values) {
+  Tensor t = empty_vector(z, values.size(), accumulation_type(z.scalar_type()));
+  write_values(values, t);
+  return t;
+}
+
+void check_normalization(const Shape& s, const OptionalTensor& weight, const OptionalTensor& bias,
+                         const OptionalTensor& mean, const OptionalTensor& var, double eps, const Ints& bins) {
+  check_channels("weight", weight, s.c);
+  check_channels("bias", bias, s.c);
+  check_channels("running_mean", mean, s.c);
+  check_channels("running_var", var, s.c);
+  STD_TORCH_CHECK(mean.has_value() == var.has_value(), "running_mean and running_var must be given together");
+  STD_TORCH_CHECK(eps >= 0 && std::isfinite(eps), "eps must be at least 0 and finite, got ", eps);
+  check_bins(bins, s);
+}
+
+std::tuple<Tensor, Tensor> batch_norm_statistics(Tensor z) {
+  check_map("z", z);
+  const auto [map, layout] = readable(z);
+  const Statistics s = batch_statistics(map, layout);
+  return {channel_tensor(z, s.mean), channel_tensor(z, s.var)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_moments(
+    Tensor z, OptionalTensor weight, OptionalTensor bias, OptionalTensor mean, OptionalTensor var, double eps,
+    std::string activation, double negative_slope, Ints bins) {
+  check_map("z", z);
+  check_normalization(shape_of(z), weight, bias, mean, var, eps, bins);
+  const Activation act = check_activation(activation, negative_slope);
+
+  const auto [map, layout] = readable(z);
+  const Statistics s = mean.has_value() ? Statistics{read_values(*mean), read_values(*var)} : batch_statistics(map, layout);
+  Normalization normalization(map, s.mean, s.var, weight, bias, eps, act);
+  auto [y, m1, m2, sums] = apply(map, layout, normalization, bins);
+  return {y, m1, m2, sums, channel_tensor(z, s.mean), channel_tensor(z, s.var)};
+}
+
+Tensor convolution(const Tensor& input, const Tensor& weight, const Ints& stride, const Ints& padding,
+                   const Ints& dilation, int64_t groups) {
+  using torch::headeronly::IntHeaderOnlyArrayRef;
+  using torch::stable::detail::from;
+  const Ints output_padding{0, 0};
+  std::array<StableIValue, 9> stack{from(input),
+                                    from(weight),
+                                    from(OptionalTensor()),
+                                    from(IntHeaderOnlyArrayRef(stride)),
+                                    from(IntHeaderOnlyArrayRef(padding)),
+                                    from(IntHeaderOnlyArrayRef(dilation)),
+                                    from(false),
+                                    from(IntHeaderOnlyArrayRef(output_padding)),
+                                    from(groups)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// [N, C, H, W] of the convolution's output.
+Shape convolution_shape(const Tensor& input, const Tensor& weight, const Ints& stride, const Ints& padding,
+                        const Ints& dilation, int64_t groups) {
+  STD_TORCH_CHECK(weight.dim() == 4, "conv_weight must have 4 dimensions [out_channels, in_channels / groups, kH, kW], got ",
+                  to_string(size_of(weight)));
+  STD_TORCH_CHECK(weight.is_cpu(), "conv_weight must be on the CPU, as input is");
+  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
+                  "stride, padding and dilation must have two values each");
+  STD_TORCH_CHECK(groups >= 1 && weight.size(0) % groups == 0, "groups must divide out_channels ", weight.size(0),
+                  ", got ", groups);
+  STD_TORCH_CHECK(input.size(1) == weight.size(1) * groups, "input must have ", weight.size(1) * groups,
+                  " channels (conv_weight of shape ", to_string(size_of(weight)), ", groups ", groups, "), got shape ",
+                  to_string(size_of(input)));
+  Ints out;
+  for (int i = 0; i < 2; ++i) {
+    STD_TORCH_CHECK(stride[i] >= 1 && dilation[i] >= 1 && padding[i] >= 0, "stride and dilation must be at least 1 and "
+                    "padding at least 0, got ", to_string(stride), ", ", to_string(dilation), ", ", to_string(padding));
+    const int64_t extent = input.size(2 + i) + 2 * padding[i] - dilation[i] * (weight.size(2 + i) - 1) - 1;
+    STD_TORCH_CHECK(extent >= 0, "input of shape ", to_string(size_of(input)), " is smaller than the convolution kernel ",
+                    to_string(size_of(weight)));
+    out.push_back(extent / stride[i] + 1);
+  }
+  return {input.size(0), weight.size(0), out[0], out[1]};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_moments(
+    Tensor input, Tensor conv_weight, OptionalTensor conv_bias, OptionalTensor weight, OptionalTensor bias,
+    OptionalTensor mean, OptionalTensor var, Ints stride, Ints padding, Ints dilation, int64_t groups, double eps,
+    std::string activation, double negative_slope, Ints bins) {
+  check_map("input", input);
+  const Shape s = convolution_shape(input, conv_weight, stride, padding, dilation, groups);
+  check_channels("conv_bias", conv_bias, s.c);
+  check_normalization(s, weight, bias, mean, var, eps, bins);
+  const Activation act = check_activation(activation, negative_slope);
+
+  const Tensor w = conv_weight.scalar_type() == input.scalar_type()
+                       ? conv_weight
+                       : torch::stable::to(conv_weight, input.scalar_type());
+  const int64_t bytes = s.n * s.c * s.h * s.w * input.element_size();
+  const int64_t pieces = bytes <= kConvolutionWholeBytes
+                             ? 1
+                             : std::min<int64_t>(s.n, (bytes + kConvolutionPieceBytes - 1) / kConvolutionPieceBytes);
+  Statistics statistics;
+  OptionalTensor z;
+  if (mean.has_value()) statistics = {read_values(*mean), read_values(*var)};
+  if (pieces == 1) {
+    z = convolution(input, w, stride, padding, dilation, groups);
+  } else {
+    cpu::BatchStatistics batch(s.c);
+    for (int64_t i = 0; i < pieces; ++i) {
+      const int64_t first = s.n * i / pieces, last = s.n * (i + 1) / pieces;
+      Tensor narrowed = input;
+      narrowed = torch::stable::narrow(narrowed, 0, first, last - first);
+      const auto [piece, layout] = readable(convolution(narrowed, w, stride, padding, dilation, groups));
+      if (!z.has_value()) z = allocate_map(input, s, layout);
+      StatisticsParams p = statistics_params(piece, layout);
+      p.z_copy_strides = strides_of(*z);
+      p.z_copy = static_cast<char*>(z->mutable_data_ptr()) + first * p.z_copy_strides.n * input.element_size();
+      batch.add(p, parallel_for);
+    }
+    if (!mean.has_value()) statistics = finish(batch, s.c);
+  }
+  const auto [map, layout] = readable(*z);
+  if (pieces == 1 && !mean.has_value()) statistics = batch_statistics(map, layout);
+
+  // The convolution's bias shifts z and its mean alike, so it is never added: only a given mean must lose it.
+  if (mean.has_value() && conv_bias.has_value()) {
+    const Values shift = read_values(*conv_bias);
+    for (size_t c = 0; c < shift.size(); ++c) statistics.mean[c] -= shift[c];
+  }
+  Normalization normalization(map, statistics.mean, statistics.var, weight, bias, eps, act);
+  auto [y, m1, m2, sums] = apply(map, layout, normalization, bins);
+  return {y, m1, m2, sums, channel_tensor(map, statistics.mean), channel_tensor(map, statistics.var), map};
+}
+
+// -- Backward -----------------------------------------------------------------------------------------------------------
+
+// Gradients as the kernels read them: grad_y with the innermost dimension of z's layout, p and q laid out as m1.
+OptionalTensor readable_gradient(const OptionalTensor& gradient, Layout layout) {
+  if (!gradient.has_value() || readable_as(*gradient, layout)) return gradient;
+  return dense_copy(*gradient, layout);
+}
+OptionalTensor dense_gradient(const OptionalTensor& gradient, Layout layout) {
+  if (!gradient.has_value() || is_dense(*gradient, layout)) return gradient;
+  return dense_copy(*gradient, layout);
+}
+const void* data_or_null(const OptionalTensor& t) { return t.has_value() ? t->const_data_ptr() : nullptr; }
+
+void check_gradients(const Tensor& z, const OptionalTensor& grad_y, const OptionalTensor& grad_m1,
+                     const OptionalTensor& grad_m2, const Ints& bins) {
+  const Ints moments = bins.empty() ? Ints{} : Ints{z.size(0), z.size(1), bins[0], bins[1]};
+  const auto check = [](const char* name, const OptionalTensor& g, const Ints& size, ScalarType dtype) {
+    if (!g.has_value()) return;
+    STD_TORCH_CHECK(size_of(*g) == size && g->scalar_type() == dtype && g->is_cpu(), name, " must be a CPU tensor of shape ",
+                    to_string(size), " and dtype ", dtype_name(dtype), ", got ", to_string(size_of(*g)), ", ",
+                    dtype_name(g->scalar_type()));
+  };
+  check("grad_y", grad_y, size_of(z), z.scalar_type());
+  check("grad_m1", grad_m1, moments, accumulation_type(z.scalar_type()));
+  check("grad_m2", grad_m2, moments, accumulation_type(z.scalar_type()));
+}
+
+std::tuple<Tensor, Tensor> bn_act_moments_backward_sums(Tensor z, OptionalTensor grad_y, OptionalTensor grad_m1,
+                                                        OptionalTensor grad_m2, Tensor sums, Tensor mean, Tensor var,
+                                                        OptionalTensor weight, OptionalTensor bias, double eps,
+                                                        std::string activation, double negative_slope, Ints bins) {
+  check_map("z", z);
+  check_normalization(shape_of(z), weight, bias, mean, var, eps, bins);
+  check_gradients(z, grad_y, grad_m1, grad_m2, bins);
+  const auto [map, layout] = readable(z);
+  const int64_t channels = z.size(1);
+  Values dbeta(channels), dgamma(channels);
+
+  if (grad_m1.has_value() || grad_m2.has_value()) {
+    STD_TORCH_CHECK(sums.numel() == 4 * z.size(0) * channels * bins[0] * bins[1] && sums.is_contiguous() &&
+                        sums.scalar_type() == accumulation_type(z.scalar_type()),
+                    "sums must be the forward pass's, got shape ", to_string(size_of(sums)));
+    const OptionalTensor p1 = dense_gradient(grad_m1, layout), p2 = dense_gradient(grad_m2, layout);
+    CellSumsParams p{};
+    p.map = map_of(map, layout);
+    p.bins_h = bins[0];
+    p.bins_w = bins[1];
+    p.p = data_or_null(p1);
+    p.q = data_or_null(p2);
+    p.sums = sums.const_data_ptr();
+    p.dbeta = dbeta.data();
+    p.dgamma = dgamma.data();
+    cpu::cell_sums(p, parallel_for);
+  }
+  if (grad_y.has_value()) {
+    const Tensor g = *readable_gradient(grad_y, layout);
+    Normalization normalization(map, read_values(mean), read_values(var), weight, bias, eps,
+                                check_activation(activation, negative_slope));
+    DenseSumsParams p{};
+    p.map = map_of(map, layout);
+    p.z = map.const_data_ptr();
+    p.z_strides = strides_of(map);
+    p.grad_y = g.const_data_ptr();
+    p.grad_y_strides = strides_of(g);
+    p.channels = normalization.channels();
+    p.activation = normalization.activation;
+    cpu::dense_sums(p, dbeta.data(), dgamma.data(), parallel_for);
+  }
+  return {channel_tensor(z, dgamma), channel_tensor(z, dbeta)};
+}
+
+// The gradients of y, m1 and m2 and everything else that dz depends on, kept alive while kernels read it.
+struct GradientInputs {
+  Tensor z;
+  Layout layout;
+  OptionalTensor grad_y, grad_m1, grad_m2;
+  Normalization normalization;
+  InputGradientParams params{};
+
+  GradientInputs(const Tensor& z_, Layout layout_, const OptionalTensor& grad_y_, const OptionalTensor& grad_m1_,
+                 const OptionalTensor& grad_m2_, const Tensor& dgamma, const Tensor& dbeta, const Tensor& mean,
+                 const Tensor& var, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
+                 const std::string& activation, double negative_slope, const Ints& bins, double count)
+      : z(z_),
+        layout(layout_),
+        grad_y(readable_gradient(grad_y_, layout)),
+        grad_m1(dense_gradient(grad_m1_, layout)),
+        grad_m2(dense_gradient(grad_m2_, layout)),
+        normalization(z, read_values(mean), read_values(var), weight, bias, eps,
+                      check_activation(activation, negative_slope)) {
+    const int64_t channels = z.size(1);
+    Values scale(channels), mean_dbeta(channels), mean_dgamma(channels);
+    const Values total_dbeta = read_values(dbeta), total_dgamma = read_values(dgamma);
+    for (int64_t c = 0; c < channels; ++c) {
+      scale[c] = normalization.gamma[c] * normalization.rstd[c];
+      if (count == 0) continue;  // fixed statistics
+      mean_dbeta[c] = scale[c] * total_dbeta[c] / count;
+      mean_dgamma[c] = scale[c] * total_dgamma[c] / count;
+    }
+    const Ints cells = cells_or_rows(bins, shape_of(z));
+    params.map = map_of(z, layout);
+    params.bins_h = cells[0];
+    params.bins_w = cells[1];
+    params.z = z.const_data_ptr();
+    params.z_strides = strides_of(z);
+    params.grad_y = data_or_null(grad_y);
+    if (grad_y.has_value()) params.grad_y_strides = strides_of(*grad_y);
+    params.p = data_or_null(grad_m1);
+    params.q = data_or_null(grad_m2);
+    params.channels = normalization.channels();
+    params.scale = normalization.arrays.add(scale);
+    params.scaled_mean_dbeta = normalization.arrays.add(mean_dbeta);
+    params.scaled_mean_dgamma = normalization.arrays.add(mean_dgamma);
+    params.activation = normalization.activation;
+  }
+  GradientInputs(const GradientInputs&) = delete;
+
+  // dz may be z itself.
+  void write(Tensor& dz) {
+    params.dz = dz.mutable_data_ptr();
+    params.dz_strides = strides_of(dz);
+    cpu::input_gradient(params, parallel_for);
+  }
+};
+
+void check_backward(const Tensor& z, const OptionalTensor& grad_y, const OptionalTensor& grad_m1,
+                    const OptionalTensor& grad_m2, const Tensor& dgamma, const Tensor& dbeta, const Tensor& mean,
+                    const Tensor& var, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
+                    const Ints& bins) {
+  check_map("z", z);
+  check_normalization(shape_of(z), weight, bias, mean, var, eps, bins);
+  check_gradients(z, grad_y, grad_m1, grad_m2, bins);
+  check_channels("dgamma", dgamma, z.size(1));
+  check_channels("dbeta", dbeta, z.size(1));
+}
+
+Tensor bn_act_moments_backward(Tensor z, OptionalTensor grad_y, OptionalTensor grad_m1, OptionalTensor grad_m2,
+                               Tensor dgamma, Tensor dbeta, Tensor mean, Tensor var, OptionalTensor weight,
+                               OptionalTensor bias, double eps, std::string activation, double negative_slope, Ints bins,
+                               double count) {
+  check_backward(z, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, eps, bins);
+  const auto [map, layout] = readable(z);
+  Tensor dz = allocate_map(z, shape_of(z), layout);
+  GradientInputs(map, layout, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, eps, activation,
+                 negative_slope, bins, count)
+      .write(dz);
+  return dz;
+}
+
+void bn_act_moments_backward_(Tensor z, OptionalTensor grad_y, OptionalTensor grad_m1, OptionalTensor grad_m2,
+                              Tensor dgamma, Tensor dbeta, Tensor mean, Tensor var, OptionalTensor weight,
+                              OptionalTensor bias, double eps, std::string activation, double negative_slope, Ints bins,
+                              double count) {
+  check_backward(z, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, eps, bins);
+  const auto layout = readable_layout(z);
+  STD_TORCH_CHECK(layout.has_value(), "z must have C or W innermost in memory to be overwritten");
+  GradientInputs(z, *layout, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, eps, activation,
+                 negative_slope, bins, count)
+      .write(z);
+}
+
+// The gradient of conv_weight alone.  Where the kernels can, dz is formed inside it and never written.
+Tensor conv_bn_act_moments_backward_weight(Tensor z, OptionalTensor grad_y, OptionalTensor grad_m1,
+                                           OptionalTensor grad_m2, Tensor dgamma, Tensor dbeta, Tensor mean, Tensor var,
+                                           OptionalTensor weight, OptionalTensor bias, double eps, std::string activation,
+                                           double negative_slope, Ints bins, double count, Tensor input,
+                                           Tensor conv_weight, Ints stride, Ints padding, Ints dilation) {
+  check_backward(z, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, eps, bins);
+  check_map("input", input);
+  const Shape out = convolution_shape(input, conv_weight, stride, padding, dilation, 1);
+  STD_TORCH_CHECK((Ints{out.n, out.c, out.h, out.w}) == size_of(z), "z must have shape ",
+                  to_string({out.n, out.c, out.h, out.w}), ", got ", to_string(size_of(z)));
+  const auto layout = readable_layout(z);
+  STD_TORCH_CHECK(layout.has_value() && cpu::has_weight_gradient(map_of(z, *layout), strides_of(input)) &&
+                      input.scalar_type() == z.scalar_type() && conv_weight.scalar_type() == z.scalar_type(),
+                  "z and input must be channels_last float32 with a multiple of 16 output channels, and the CPU "
+                  "capability avx512 or better");
+  GradientInputs gradient(z, *layout, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, eps, activation,
+                          negative_slope, bins, count);
+  WeightGradientParams p{};
+  p.gradient = gradient.params;
+  p.x = input.const_data_ptr();
+  p.x_shape = shape_of(input);
+  p.x_strides = strides_of(input);
+  p.kernel_h = conv_weight.size(2);
+  p.kernel_w = conv_weight.size(3);
+  p.stride_h = stride[0], p.stride_w = stride[1];
+  p.padding_h = padding[0], p.padding_w = padding[1];
+  p.dilation_h = dilation[0], p.dilation_w = dilation[1];
+  Tensor dw = torch::stable::empty_like(conv_weight);
+  cpu::weight_gradient(p, static_cast<float*>(dw.mutable_data_ptr()), strides_of(dw), parallel_for);
+  return dw;
+}
+
+// running = (1 - momentum) * running + momentum * batch, with the unbiased variance of `count` elements.
+void update_running_statistics_(Tensor running_mean, Tensor running_var, Tensor mean, Tensor var, OptionalTensor shift,
+                                int64_t count, double momentum) {
+  const int64_t channels = mean.numel();
+  check_channels("running_mean", running_mean, channels);
+  check_channels("running_var", running_var, channels);
+  check_channels("var", var, channels);
+  check_channels("conv_bias", shift, channels);
+  Values new_mean = read_values(running_mean), new_var = read_values(running_var);
+  const Values batch_mean = read_values(mean), batch_var = read_values(var), offset = read_values(shift, channels, 0.0);
+  const double unbiased = count / (count - 1.0);
+  for (int64_t c = 0; c < channels; ++c) {
+    new_mean[c] = (1 - momentum) * new_mean[c] + momentum * (batch_mean[c] + offset[c]);
+    new_var[c] = (1 - momentum) * new_var[c] + momentum * batch_var[c] * unbiased;
+  }
+  write_values(new_mean, running_mean);
+  write_values(new_var, running_var);
+}
+
+}  // namespace
+}  // namespace layerwise
+
+STABLE_TORCH_LIBRARY(layerwise_ext, m) {
+  m.def("batch_norm_statistics(Tensor z) -> (Tensor mean, Tensor var)");
+  m.def(
+      "bn_act_moments(Tensor z, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, float eps, str activation, "
+      "float negative_slope, int[] bins) -> (Tensor y, Tensor m1, Tensor m2, Tensor sums, Tensor mean_z, Tensor var_z)");
+  m.def(
+      "conv_bn_act_moments(Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor? weight, Tensor? bias, "
+      "Tensor? mean, Tensor? var, int[] stride, int[] padding, int[] dilation, int groups, float eps, str activation, "
+      "float negative_slope, int[] bins) -> (Tensor y, Tensor m1, Tensor m2, Tensor sums, Tensor mean_z, Tensor var_z, "
+      "Tensor z)");
+  m.def(
+      "bn_act_moments_backward_sums(Tensor z, Tensor? grad_y, Tensor? grad_m1, Tensor? grad_m2, Tensor sums, Tensor mean, "
+      "Tensor var, Tensor? weight, Tensor? bias, float eps, str activation, float negative_slope, int[] bins) -> "
+      "(Tensor dgamma, Tensor dbeta)");
+  m.def(
+      "bn_act_moments_backward(Tensor z, Tensor? grad_y, Tensor? grad_m1, Tensor? grad_m2, Tensor dgamma, Tensor dbeta, "
+      "Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, str activation, float negative_slope, "
+      "int[] bins, float count) -> Tensor");
+  m.def(
+      "bn_act_moments_backward_(Tensor(a!) z, Tensor? grad_y, Tensor? grad_m1, Tensor? grad_m2, Tensor dgamma, "
+      "Tensor dbeta, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, str activation, "
+      "float negative_slope, int[] bins, float count) -> ()");
+  m.def(
+      "conv_bn_act_moments_backward_weight(Tensor z, Tensor? grad_y, Tensor? grad_m1, Tensor? grad_m2, Tensor dgamma, "
+      "Tensor dbeta, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, str activation, "
+      "float negative_slope, int[] bins, float count, Tensor input, Tensor conv_weight, int[] stride, int[] padding, "
+      "int[] dilation) -> Tensor");
+  m.def(
+      "update_running_statistics_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, "
+      "Tensor? shift, int count, float momentum) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(layerwise_ext, CPU, m) {
+  using namespace layerwise;
+  m.impl("batch_norm_statistics", TORCH_BOX(&batch_norm_statistics));
+  m.impl("bn_act_moments", TORCH_BOX(&bn_act_moments));
+  m.impl("conv_bn_act_moments", TORCH_BOX(&conv_bn_act_moments));
+  m.impl("bn_act_moments_backward_sums", TORCH_BOX(&bn_act_moments_backward_sums));
+  m.impl("bn_act_moments_backward", TORCH_BOX(&bn_act_moments_backward));
+  m.impl("bn_act_moments_backward_", TORCH_BOX(&bn_act_moments_backward_));
+  m.impl("conv_bn_act_moments_backward_weight", TORCH_BOX(&conv_bn_act_moments_backward_weight));
+  m.impl("update_running_statistics_", TORCH_BOX(&update_running_statistics_));
+}

@@ -1,0 +1,125 @@
+// Plain-data parameters: the only thing that passes from the glue (ops.cpp) to the kernels of any device.
+#pragma once
+
+#include <cstdint>
+
+#include "device/cells.h"
+
+namespace layerwise {
+
+enum class DType { kFloat32, kBFloat16, kFloat64 };
+
+// Which dimension is innermost in memory: C (channels_last, NHWC) or W (contiguous, NCHW).
+enum class Layout { kChannelsLast, kContiguous };
+
+struct Shape {
+  int64_t n, c, h, w;
+};
+
+// In elements; the innermost dimension of the layout has stride 1.
+struct Strides {
+  int64_t n, c, h, w;
+};
+
+struct Map {
+  Shape shape;      // [N, C, H, W]
+  Layout layout;
+  DType dtype;      // of the elements; statistics and sums are float, or double for float64: the type A below
+};
+
+// Per channel, [C] of A each.
+struct Channels {
+  const void* mean;
+  const void* rstd;
+  const void* gamma;
+  const void* beta;
+};
+
+struct Activation {
+  bool relu;              // negative_slope is 0 and -inf maps to 0
+  double negative_slope;  // 1 is the identity
+};
+
+// Pass 1: blocks of the map -> mean and sum of squared deviations of each block.
+struct StatisticsParams {
+  Map map;
+  const void* z;
+  Strides z_strides;
+  void* z_copy;           // null, or a dense map that receives z in the same pass
+  Strides z_copy_strides;
+  void* block_mean;       // [blocks, C] of A
+  void* block_m2;         // [blocks, C] of A
+};
+
+// Pass 2: y = act(gamma*xhat + beta) and, per sample, cell and channel, the sums that loss and backward need.
+struct ApplyParams {
+  Map map;
+  int64_t bins_h, bins_w;
+  const void* z;
+  Strides z_strides;
+  void* y;
+  Strides y_strides;
+  Channels channels;
+  Activation activation;
+  void* m1;               // [N, C, bins_h, bins_w] of A in the map's layout, or null: no moments
+  void* m2;
+  void* sums;             // A0, A1, B0, B1, each laid out as m1
+};
+
+// Backward 1a: dense part, blocks of the map -> sum of s*g and of s*g*xhat per block.
+struct DenseSumsParams {
+  Map map;
+  const void* z;
+  Strides z_strides;
+  const void* grad_y;
+  Strides grad_y_strides;
+  Channels channels;
+  Activation activation;
+  void* block_dbeta;      // [blocks, C] of A
+  void* block_dgamma;     // [blocks, C] of A
+};
+
+// Backward 1b: affine part, dbeta = sum p*A0 + 2*q*B0, dgamma = sum p*A1 + 2*q*B1 over samples and cells.
+struct CellSumsParams {
+  Map map;
+  int64_t bins_h, bins_w;
+  const void* p;          // dL/dm1 laid out as m1, or null
+  const void* q;          // dL/dm2, or null
+  const void* sums;
+  double* dbeta;          // [C], added to
+  double* dgamma;         // [C], added to
+};
+
+// Backward 2: dz, possibly in place over z.
+struct InputGradientParams {
+  Map map;
+  int64_t bins_h, bins_w;
+  const void* z;
+  Strides z_strides;
+  void* dz;
+  Strides dz_strides;
+  const void* grad_y;     // or null
+  Strides grad_y_strides;
+  const void* p;          // or null
+  const void* q;          // or null
+  Channels channels;
+  const void* scale;               // [C] of A: gamma*rstd
+  const void* scaled_mean_dbeta;   // [C] of A: scale*dbeta/M, zero with fixed statistics
+  const void* scaled_mean_dgamma;  // [C] of A
+  Activation activation;
+};
+
+// Weight gradient of a convolution without groups, channels_last float32: dw[k, c, kh, kw] = sum over samples and output
+// pixels of dz[k] * x[c].  dz is formed in cache, a few rows at a time, and never written to memory.
+struct WeightGradientParams {
+  InputGradientParams gradient;  // dz is not used
+  const void* x;                 // [N, C_in, H_in, W_in], channels_last
+  Shape x_shape;
+  Strides x_strides;
+  int64_t kernel_h, kernel_w;
+  int64_t stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+  int64_t chunks;                // the samples are cut into so many parts, each with its own dw
+  void* dw;                      // [chunks, C_out / block, kernel_h, kernel_w, C_in, block], zeroed; see weight_gradient.h
+};
+
+}  // namespace layerwise

@@ -1,0 +1,19 @@
+"""Stage-local and joint training of convolutional networks, with fused convolution + batch norm + activation + moments.
+
+    import layerwise_ext as lw
+
+    stage = lw.nn.LocalStage(lw.nn.ConvBNReLU2d(3, 64, 3, padding=1), lw.nn.PooledLinearHead(64, 10))
+    features, loss, logits = stage(images, target)
+    loss.backward()
+
+See :mod:`layerwise_ext.nn` (layers), :mod:`layerwise_ext.functional` (operators), :mod:`layerwise_ext.models`,
+:mod:`layerwise_ext.train` (trainers) and :mod:`layerwise_ext.data`.
+"""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+
+from layerwise_ext import data, functional, models, nn, train
+
+__all__ = ["__version__", "data", "functional", "models", "nn", "train"]

@@ -1,0 +1,255 @@
+"""Fused operators: batch norm, activation and pooled moments in one pass over the pre-activation, each way.
+
+All take maps ``[N, C, H, W]`` in float32, bfloat16 or float64, ``channels_last`` or contiguous, each read in its own
+layout; statistics, moments and their gradients are float32 (float64 for float64 maps). The formulas stand in
+:mod:`layerwise_ext.reference`, which is the specification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._ops import operators as _lib
+
+Pair = int | Sequence[int]
+
+
+class ActivationMoments(NamedTuple):
+    """Activation and its pooled moments.
+
+    Attributes:
+        y: activation, ``[N, C, H, W]``, in the dtype of the input.
+        m1: sum of ``y`` over each pooling cell, ``[N, C, bins_h, bins_w]``, float32 (float64 for float64 input).
+        m2: sum of ``y * y`` over each pooling cell, as ``m1``.
+    """
+
+    y: Tensor
+    m1: Tensor
+    m2: Tensor
+
+
+def _pair(name: str, value: Pair) -> list[int]:
+    if isinstance(value, int):
+        return [value, value]
+    if len(value) != 2:
+        raise ValueError(f"{name} must be an int or two ints, got {value!r}")
+    return list(value)
+
+
+def cell_area(size: Sequence[int], bins: Pair, device: torch.device | str | None = None) -> Tensor:
+    """Number of elements of each cell of ``adaptive_avg_pool2d``; ``m1 / cell_area`` is what that function returns.
+
+    Args:
+        size: ``(H, W)`` of the map.
+        bins: ``(bins_h, bins_w)``, or one int for both.
+
+    Returns:
+        float32 tensor ``[bins_h, bins_w]``.
+    """
+    rows, columns = (
+        [-(-(i + 1) * extent // count) - i * extent // count for i in range(count)]
+        for extent, count in zip(size, _pair("bins", bins), strict=True)
+    )
+    return torch.tensor([[h * w for w in columns] for h in rows], dtype=torch.float32, device=device)
+
+
+def _check_statistics(
+    running_mean: Tensor | None, running_var: Tensor | None, training: bool, momentum: float
+) -> None:
+    if not 0.0 <= momentum <= 1.0:
+        raise ValueError(f"momentum must lie between 0 and 1, got {momentum}")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must be given together, got only one of them")
+    if not training and running_mean is None:
+        raise ValueError("running_mean and running_var must be given with training=False")
+
+
+def _check_more_than_one_value(shape: Sequence[int]) -> None:
+    if shape[0] * shape[2] * shape[3] == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(shape)}")
+
+
+def _conv_size(
+    input: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
+) -> tuple[int, ...]:
+    return tuple(
+        (input.size(2 + i) + 2 * padding[i] - dilation[i] * (weight.size(2 + i) - 1) - 1) // max(1, stride[i]) + 1
+        for i in range(2)
+    )
+
+
+def _check_rank(name: str, t: Tensor) -> None:
+    if t.dim() != 4:
+        raise ValueError(f"{name} must have 4 dimensions [N, C, H, W], got shape {list(t.shape)}")
+
+
+def bn_act_moments(
+    z: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+    bins: Pair = (1, 1),
+) -> ActivationMoments:
+    """Batch norm (Ioffe & Szegedy 2015, arXiv 1502.03167), activation and pooled moments of a pre-activation.
+
+    A loss that looks at the activation through ``m1`` and ``m2`` alone has a closed backward pass: one reading of ``z``,
+    no gradient of ``y`` in memory. A gradient of ``y`` itself is added where there is one.
+
+    Args:
+        z: pre-activation ``[N, C, H, W]``; never modified.
+        running_mean, running_var: ``[C]``, updated in place when ``training`` (unbiased variance, as
+            :func:`torch.nn.functional.batch_norm`), used instead of the batch statistics when not.
+        weight, bias: scale and shift ``[C]``; 1 and 0 where None.
+        training: normalise with the statistics of the batch.
+        momentum: share of the batch statistics in the running ones, 0 to 1.
+        eps: added to the variance.
+        activation: ``'relu'``, ``'leaky_relu'`` or ``'identity'``.
+        negative_slope: slope of ``'leaky_relu'`` below zero.
+        bins: cells of the moments, ``(bins_h, bins_w)`` or one int for both; those of ``adaptive_avg_pool2d``.
+
+    Returns:
+        :class:`ActivationMoments` ``(y, m1, m2)``.
+
+    Raises:
+        ValueError: one value per channel in training, momentum outside [0, 1], statistics missing.
+        RuntimeError: wrong shape, dtype, device, bins, eps or activation.
+    """
+    _check_rank("z", z)
+    _check_statistics(running_mean, running_var, training, momentum)
+    if training:
+        _check_more_than_one_value(z.shape)
+    mean, var = (None, None) if training else (running_mean, running_var)
+    y, m1, m2, _, mean_z, var_z = _lib.bn_act_moments(
+        z, weight, bias, mean, var, eps, activation, negative_slope, _pair("bins", bins)
+    )
+    if training and running_mean is not None:
+        count = z.numel() // z.size(1)
+        _lib.update_running_statistics_(running_mean, running_var, mean_z, var_z, None, count, momentum)
+    return ActivationMoments(y, m1, m2)
+
+
+def conv_bn_act_moments(
+    input: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+    bins: Pair = (1, 1),
+) -> ActivationMoments:
+    """Convolution followed by :func:`bn_act_moments`, as one autograd node.
+
+    The pre-activation belongs to the node: its memory becomes that of its gradient where nothing else can read it. No
+    gradient of ``input`` is computed when ``input`` does not require one. Under autocast the convolution and the maps
+    have the autocast dtype, the rest is float32.
+
+    Args:
+        input: ``[N, C_in, H_in, W_in]``.
+        conv_weight: ``[C_out, C_in / groups, kH, kW]``.
+        conv_bias: ``[C_out]`` or None. Batch statistics cancel it; it only moves ``running_mean``.
+        stride, padding, dilation, groups: as :func:`torch.nn.functional.conv2d`.
+        running_mean, running_var, weight, bias, training, momentum, eps, activation, negative_slope, bins: as
+            :func:`bn_act_moments`.
+
+    Returns:
+        :class:`ActivationMoments` ``(y, m1, m2)``.
+
+    Raises:
+        ValueError: one value per channel in training, momentum outside [0, 1], statistics missing.
+        TypeError: ``conv_weight`` and ``input`` differ in dtype outside autocast.
+        RuntimeError: wrong shape, dtype, device, bins, eps or activation.
+    """
+    return _conv_bn_act_moments(
+        input, conv_weight, conv_bias, running_mean, running_var, weight, bias,
+        _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups,
+        training, momentum, eps, activation, negative_slope, _pair("bins", bins),
+    )  # fmt: skip
+
+
+def conv_bn_act(
+    input: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """:func:`conv_bn_act_moments` without the moments: the activation ``y`` alone, ``[N, C_out, H, W]``."""
+    return _conv_bn_act_moments(
+        input, conv_weight, conv_bias, running_mean, running_var, weight, bias,
+        _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups,
+        training, momentum, eps, activation, negative_slope, [],
+    ).y  # fmt: skip
+
+
+def _conv_bn_act_moments(
+    input: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    bins: list[int],
+) -> ActivationMoments:
+    _check_rank("input", input)
+    _check_rank("conv_weight", conv_weight)
+    _check_statistics(running_mean, running_var, training, momentum)
+    if training and input.size(0) == 1:
+        _check_more_than_one_value([1, conv_weight.size(0), *_conv_size(input, conv_weight, stride, padding, dilation)])
+    device = input.device.type
+    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+        input = input.to(torch.get_autocast_dtype(device))
+    elif conv_weight.dtype != input.dtype:
+        raise TypeError(f"conv_weight must have the dtype of input, {input.dtype}, got {conv_weight.dtype}")
+    mean, var = (None, None) if training else (running_mean, running_var)
+    y, m1, m2, _, mean_z, var_z, _ = _lib.conv_bn_act_moments(
+        input, conv_weight, conv_bias, weight, bias, mean, var,
+        stride, padding, dilation, groups, eps, activation, negative_slope, bins,
+    )  # fmt: skip
+    if training and running_mean is not None:
+        count = y.numel() // y.size(1)
+        _lib.update_running_statistics_(running_mean, running_var, mean_z, var_z, conv_bias, count, momentum)
+    return ActivationMoments(y, m1, m2)

@@ -1,0 +1,8 @@
+"""Networks built from stages."""
+
+from __future__ import annotations
+
+from layerwise_ext.models.staged import StagedModel
+from layerwise_ext.models.vgg import VGG_CONFIGS, vgg
+
+__all__ = ["VGG_CONFIGS", "StagedModel", "vgg"]

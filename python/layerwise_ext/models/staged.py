@@ -1,0 +1,68 @@
+"""A network as a list of stages."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, nn
+
+from layerwise_ext.nn import LocalStage, PooledLinearHead
+
+
+class StagedModel(nn.Module):
+    """A chain of :class:`~layerwise_ext.nn.LocalStage`; the last stage's head is the network's output.
+
+    ``model(images)`` gives the logits of that head, by plain forward passes with gradients through the whole network.
+    The local heads of the other stages are used by the trainers only. Iterating gives the stages, so a model can be
+    passed wherever a list of stages is expected.
+
+    Args:
+        stages: at least one; the last one's head must be a :class:`~layerwise_ext.nn.PooledLinearHead`.
+    """
+
+    stages: nn.ModuleList
+
+    def __init__(self, stages: Sequence[LocalStage]) -> None:
+        super().__init__()
+        if not stages:
+            raise ValueError("stages is empty; a network needs at least one stage")
+        if not isinstance(stages[-1].head, PooledLinearHead):
+            raise TypeError(f"the last head is {type(stages[-1].head).__name__}; the output needs a PooledLinearHead")
+        self.stages = nn.ModuleList(stages)
+
+    def __len__(self) -> int:
+        return len(self.stages)
+
+    def __iter__(self) -> Iterator[LocalStage]:
+        return iter(self.stages)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> LocalStage:
+        stage = self.stages[index]
+        assert isinstance(stage, LocalStage)
+        return stage
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``[N, in_channels, H, W]`` to logits ``[N, num_classes]``."""
+        *hidden, last = self
+        x = images
+        for stage in hidden:
+            x = stage.features(x)
+        _, moments = last.moments(x)
+        logits: Tensor = last.head(moments).logits
+        return logits
+
+    def backbone(self) -> nn.Sequential:
+        """The network without its local heads, as a plain ``nn.Sequential`` that shares all modules with this one.
+
+        Children ``stage0``, ``stage1``, ..., and ``output`` (pooling, flatten, linear).
+        """
+        children: OrderedDict[str, nn.Module] = OrderedDict((f"stage{i}", stage.body) for i, stage in enumerate(self))
+        head = self[-1].head
+        assert isinstance(head, PooledLinearHead)
+        children["output"] = head.to_modules()
+        return nn.Sequential(children)
+
+    def backbone_state_dict(self) -> dict[str, Tensor]:
+        """Checkpoint of :meth:`backbone`; loads (strictly) into the backbone of a fused or a plain model alike."""
+        return self.backbone().state_dict()

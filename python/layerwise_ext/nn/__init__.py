@@ -1,0 +1,18 @@
+"""Layers, local heads and stages."""
+
+from __future__ import annotations
+
+from layerwise_ext.nn.conv import ConvBNReLU2d
+from layerwise_ext.nn.heads import HeadOutput, LocalHead, PooledLinearHead
+from layerwise_ext.nn.moments import PooledMoments
+from layerwise_ext.nn.stage import LocalStage, StageOutput
+
+__all__ = [
+    "ConvBNReLU2d",
+    "HeadOutput",
+    "LocalHead",
+    "LocalStage",
+    "PooledLinearHead",
+    "PooledMoments",
+    "StageOutput",
+]

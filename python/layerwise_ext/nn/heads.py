@@ -1,0 +1,130 @@
+"""Local heads: the loss of one stage, a function of the pooled moments of its output."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from layerwise_ext.nn.moments import PooledMoments
+
+
+class HeadOutput(NamedTuple):
+    """``logits [N, num_classes]`` and the scalar ``loss`` (None without a target)."""
+
+    logits: Tensor
+    loss: Tensor | None
+
+
+class LocalHead(nn.Module):
+    """Base class: maps :class:`PooledMoments` and a target to :class:`HeadOutput`.
+
+    Attributes:
+        bins: ``(bh, bw)``, the grid of cells over which the stage pools its output for this head.
+    """
+
+    bins: tuple[int, int]
+
+    def forward(self, moments: PooledMoments, target: Tensor | None = None) -> HeadOutput:
+        raise NotImplementedError(f"{type(self).__name__} must define forward(moments, target)")
+
+
+class PooledLinearHead(LocalHead):
+    """Average pooling, a linear classifier and cross-entropy: 'pred' of Nokland & Eidnes 2019, arXiv 1901.06656.
+
+    The features are in (c, bh, bw) order, as ``adaptive_avg_pool2d(y, bins).flatten(1)`` gives them, so ``linear`` may
+    be exchanged with the classifier of a plain network. Only the first moments are used. The head computes in its
+    parameters' dtype, under autocast too: its input is a small float32 tensor and there is nothing to gain from
+    rounding it.
+
+    Args:
+        in_channels: channels of the stage's output.
+        num_classes: number of classes.
+        bins: grid of cells, an int or ``(bh, bw)``.
+        bias: whether the classifier has a bias.
+        zero_init: start from zero weights, as the paper does, instead of nn.Linear's initialisation.
+        label_smoothing: as in ``torch.nn.functional.cross_entropy``.
+
+    Shapes:
+        moments of ``[N, in_channels, H, W]`` with H >= bh, W >= bw; target ``[N]``, int64 in ``[0, num_classes)``, or
+        -100 for a sample that the loss leaves out, as in ``cross_entropy``.
+
+    Raises:
+        ValueError: moments of another shape, a target of another shape or (on the CPU; a device-side assertion on CUDA,
+            where a check would wait for the device at each step) out of range.
+        TypeError: a target that is not int64.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        bins: int | tuple[int, int] = (4, 4),
+        bias: bool = True,
+        *,
+        zero_init: bool = False,
+        label_smoothing: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        rows, columns = (bins, bins) if isinstance(bins, int) else bins
+        if min(in_channels, num_classes, rows, columns) < 1:
+            raise ValueError(
+                f"in_channels, num_classes and bins are {in_channels}, {num_classes}, {(rows, columns)}; "
+                "all must be at least 1"
+            )
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise ValueError(f"label_smoothing is {label_smoothing}; allowed: 0 to 1")
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        self.bins = (rows, columns)
+        self.label_smoothing = label_smoothing
+        self.linear = nn.Linear(in_channels * rows * columns, num_classes, bias, device=device, dtype=dtype)
+        if zero_init:
+            nn.init.zeros_(self.linear.weight)
+            if bias:
+                nn.init.zeros_(self.linear.bias)
+
+    def forward(self, moments: PooledMoments, target: Tensor | None = None) -> HeadOutput:
+        mean = moments.mean
+        if mean.shape[1:] != (self.in_channels, *self.bins):
+            raise ValueError(
+                f"the head was built for pooled features {[self.in_channels, *self.bins]} (channels, cells) but the "
+                f"stage gives {list(mean.shape[1:])}"
+            )
+        if target is not None:
+            _check_target(target, mean.shape[0])
+        device_type = mean.device.type
+        if torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                return self._classify(mean, target)
+        return self._classify(mean, target)
+
+    def _classify(self, mean: Tensor, target: Tensor | None) -> HeadOutput:
+        linear = self.linear
+        logits = F.linear(mean.flatten(1).to(linear.weight.dtype), linear.weight, linear.bias)
+        if target is None:
+            return HeadOutput(logits, None)
+        try:
+            loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
+        except IndexError as error:  # the CPU's own range check, so that none has to be made here
+            raise ValueError(f"target is out of range: {error}; allowed: 0 to {self.num_classes - 1}") from error
+        return HeadOutput(logits, loss)
+
+    def to_modules(self) -> nn.Sequential:
+        """The same classifier for a plain network: adaptive average pooling, flatten, this head's own ``linear``."""
+        return nn.Sequential(nn.AdaptiveAvgPool2d(self.bins), nn.Flatten(), self.linear)
+
+    def extra_repr(self) -> str:
+        smoothing = f", label_smoothing={self.label_smoothing}" if self.label_smoothing else ""
+        return f"{self.in_channels}, {self.num_classes}, bins={self.bins}{smoothing}"
+
+
+def _check_target(target: Tensor, batch: int) -> None:
+    if target.dtype != torch.int64:
+        raise TypeError(f"target has dtype {target.dtype}; class indices must be torch.int64")
+    if target.shape != (batch,):
+        raise ValueError(f"target has shape {tuple(target.shape)}; allowed: ({batch},), one class index per sample")

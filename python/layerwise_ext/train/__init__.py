@@ -1,0 +1,10 @@
+"""Trainers: all stages at once on their own losses, one stage after another, or jointly."""
+
+from __future__ import annotations
+
+from layerwise_ext.train.common import Record, StepResult, Trainer
+from layerwise_ext.train.greedy import GreedyTrainer
+from layerwise_ext.train.joint import JointTrainer
+from layerwise_ext.train.local import LocalTrainer
+
+__all__ = ["GreedyTrainer", "JointTrainer", "LocalTrainer", "Record", "StepResult", "Trainer"]
