@@ -451,36 +451,9 @@ Tensor bn_act_moments_backward(Tensor z, OptionalTensor grad_y, OptionalTensor g
   return dz;
 }
 
-void bn_act_moments_backward_(Tensor z, OptionalTensor grad_y, OptionalTensor grad_m1, OptionalTensor grad_m2,
-                              Tensor dgamma, Tensor dbeta, Tensor mean, Tensor var, OptionalTensor weight,
-                              OptionalTensor bias, double eps, std::string activation, double negative_slope, Ints bins,
-                              double count) {
-  check_backward(z, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, eps, bins);
-  const auto layout = readable_layout(z);
-  STD_TORCH_CHECK(layout.has_value(), "z must have C or W innermost in memory to be overwritten");
-  GradientInputs(z, *layout, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, eps, activation,
-                 negative_slope, bins, count)
-      .write(z);
-}
-
-// The gradient of conv_weight alone.  Where the kernels can, dz is formed inside it and never written.
-Tensor conv_bn_act_moments_backward_weight(Tensor z, OptionalTensor grad_y, OptionalTensor grad_m1,
-                                           OptionalTensor grad_m2, Tensor dgamma, Tensor dbeta, Tensor mean, Tensor var,
-                                           OptionalTensor weight, OptionalTensor bias, double eps, std::string activation,
-                                           double negative_slope, Ints bins, double count, Tensor input,
-                                           Tensor conv_weight, Ints stride, Ints padding, Ints dilation) {
-  check_backward(z, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, eps, bins);
-  check_map("input", input);
-  const Shape out = convolution_shape(input, conv_weight, stride, padding, dilation, 1);
-  STD_TORCH_CHECK((Ints{out.n, out.c, out.h, out.w}) == size_of(z), "z must have shape ",
-                  to_string({out.n, out.c, out.h, out.w}), ", got ", to_string(size_of(z)));
-  const auto layout = readable_layout(z);
-  STD_TORCH_CHECK(layout.has_value() && cpu::has_weight_gradient(map_of(z, *layout), strides_of(input)) &&
-                      input.scalar_type() == z.scalar_type() && conv_weight.scalar_type() == z.scalar_type(),
-                  "z and input must be channels_last float32 with a multiple of 16 output channels, and the CPU "
-                  "capability avx512 or better");
-  GradientInputs gradient(z, *layout, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, eps, activation,
-                          negative_slope, bins, count);
+// The weight gradient with dz formed inside it and never written.
+Tensor fused_weight_gradient(GradientInputs& gradient, const Tensor& input, const Tensor& conv_weight, const Ints& stride,
+                             const Ints& padding, const Ints& dilation) {
   WeightGradientParams p{};
   p.gradient = gradient.params;
   p.x = input.const_data_ptr();
@@ -495,6 +468,71 @@ Tensor conv_bn_act_moments_backward_weight(Tensor z, OptionalTensor grad_y, Opti
   cpu::weight_gradient(p, static_cast<float*>(dw.mutable_data_ptr()), strides_of(dw), parallel_for);
   return dw;
 }
+
+std::tuple<Tensor, Tensor> convolution_backward(const Tensor& dz, const Tensor& input, const Tensor& conv_weight,
+                                                const Ints& stride, const Ints& padding, const Ints& dilation,
+                                                int64_t groups, bool needs_input, bool needs_weight) {
+  using torch::headeronly::IntHeaderOnlyArrayRef;
+  using torch::stable::detail::from;
+  const Ints output_padding{0, 0};
+  const bool mask[] = {needs_input, needs_weight, false};
+  std::array<StableIValue, 11> stack{from(dz),
+                                     from(input),
+                                     from(conv_weight),
+                                     from(std::nullopt),  // the convolution has no bias of its own
+                                     from(IntHeaderOnlyArrayRef(stride)),
+                                     from(IntHeaderOnlyArrayRef(padding)),
+                                     from(IntHeaderOnlyArrayRef(dilation)),
+                                     from(false),
+                                     from(IntHeaderOnlyArrayRef(output_padding)),
+                                     from(groups),
+                                     from(torch::headeronly::HeaderOnlyArrayRef<bool>(mask, 3))};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
+  const Tensor none = empty_vector(dz, 0, dz.scalar_type());
+  Tensor gradients[3];
+  for (int i = 0; i < 3; ++i) gradients[i] = torch::stable::detail::to<Tensor>(stack[i]);
+  return {needs_input ? gradients[0] : none, needs_weight ? gradients[1] : none};
+}
+
+// Gradients of input and conv_weight; an empty tensor stands for one that is not needed.
+std::tuple<Tensor, Tensor> conv_backward(bool overwrite, Tensor z, OptionalTensor grad_y, OptionalTensor grad_m1,
+                                         OptionalTensor grad_m2, Tensor dgamma, Tensor dbeta, Tensor mean, Tensor var,
+                                         OptionalTensor weight, OptionalTensor bias, double eps, std::string activation,
+                                         double negative_slope, Ints bins, double count, Tensor input,
+                                         Tensor conv_weight, Ints stride, Ints padding, Ints dilation, int64_t groups,
+                                         bool needs_input, bool needs_weight) {
+  check_backward(z, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, eps, bins);
+  check_map("input", input);
+  const Shape out = convolution_shape(input, conv_weight, stride, padding, dilation, groups);
+  const Ints expected{out.n, out.c, out.h, out.w};
+  STD_TORCH_CHECK(size_of(z) == expected, "z must have shape ", to_string(expected), ", got ", to_string(size_of(z)));
+  const auto [map, layout] = readable(z);
+  GradientInputs gradient(map, layout, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, eps, activation,
+                          negative_slope, bins, count);
+  const bool same_dtype = conv_weight.scalar_type() == z.scalar_type() && input.scalar_type() == z.scalar_type();
+  if (!needs_input && groups == 1 && same_dtype &&
+      cpu::has_weight_gradient(gradient.params.map, shape_of(input), strides_of(input))) {
+    return {empty_vector(z, 0, z.scalar_type()),
+            fused_weight_gradient(gradient, input, conv_weight, stride, padding, dilation)};
+  }
+  Tensor dz = overwrite ? map : allocate_map(z, shape_of(z), layout);
+  gradient.write(dz);
+  const Tensor w = same_dtype ? conv_weight : torch::stable::to(conv_weight, z.scalar_type());
+  auto [grad_input, grad_weight] =
+      convolution_backward(dz, input, w, stride, padding, dilation, groups, needs_input, needs_weight);
+  if (!same_dtype) grad_weight = torch::stable::to(grad_weight, conv_weight.scalar_type());
+  return {grad_input, grad_weight};
+}
+
+template <bool kOverwrite, class Function>
+struct BackwardForm;
+template <bool kOverwrite, class R, class... Args>
+struct BackwardForm<kOverwrite, R(bool, Args...)> {
+  static R call(Args... args) { return conv_backward(kOverwrite, std::move(args)...); }
+};
+using ConvBackward = BackwardForm<false, decltype(conv_backward)>;
+using ConvBackwardInPlace = BackwardForm<true, decltype(conv_backward)>;  // z's memory becomes dz's
 
 // running = (1 - momentum) * running + momentum * batch, with the unbiased variance of `count` elements.
 void update_running_statistics_(Tensor running_mean, Tensor running_var, Tensor mean, Tensor var, OptionalTensor shift,
@@ -536,15 +574,16 @@ STABLE_TORCH_LIBRARY(layerwise_ext, m) {
       "bn_act_moments_backward(Tensor z, Tensor? grad_y, Tensor? grad_m1, Tensor? grad_m2, Tensor dgamma, Tensor dbeta, "
       "Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, str activation, float negative_slope, "
       "int[] bins, float count) -> Tensor");
-  m.def(
-      "bn_act_moments_backward_(Tensor(a!) z, Tensor? grad_y, Tensor? grad_m1, Tensor? grad_m2, Tensor dgamma, "
-      "Tensor dbeta, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, str activation, "
-      "float negative_slope, int[] bins, float count) -> ()");
-  m.def(
-      "conv_bn_act_moments_backward_weight(Tensor z, Tensor? grad_y, Tensor? grad_m1, Tensor? grad_m2, Tensor dgamma, "
-      "Tensor dbeta, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, str activation, "
-      "float negative_slope, int[] bins, float count, Tensor input, Tensor conv_weight, int[] stride, int[] padding, "
-      "int[] dilation) -> Tensor");
+  // The second form may leave dz in z.
+  for (const char* form : {"conv_bn_act_moments_backward(Tensor z", "conv_bn_act_moments_backward_(Tensor(a!) z"}) {
+    const std::string schema = std::string(form) +
+                               ", Tensor? grad_y, Tensor? grad_m1, Tensor? grad_m2, Tensor dgamma, Tensor dbeta, "
+                               "Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, str activation, "
+                               "float negative_slope, int[] bins, float count, Tensor input, Tensor conv_weight, "
+                               "int[] stride, int[] padding, int[] dilation, int groups, bool needs_input, "
+                               "bool needs_weight) -> (Tensor grad_input, Tensor grad_conv_weight)";
+    m.def(schema.c_str());
+  }
   m.def(
       "update_running_statistics_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, "
       "Tensor? shift, int count, float momentum) -> ()");
@@ -557,7 +596,7 @@ STABLE_TORCH_LIBRARY_IMPL(layerwise_ext, CPU, m) {
   m.impl("conv_bn_act_moments", TORCH_BOX(&conv_bn_act_moments));
   m.impl("bn_act_moments_backward_sums", TORCH_BOX(&bn_act_moments_backward_sums));
   m.impl("bn_act_moments_backward", TORCH_BOX(&bn_act_moments_backward));
-  m.impl("bn_act_moments_backward_", TORCH_BOX(&bn_act_moments_backward_));
-  m.impl("conv_bn_act_moments_backward_weight", TORCH_BOX(&conv_bn_act_moments_backward_weight));
+  m.impl("conv_bn_act_moments_backward", TORCH_BOX(&ConvBackward::call));
+  m.impl("conv_bn_act_moments_backward_", TORCH_BOX(&ConvBackwardInPlace::call));
   m.impl("update_running_statistics_", TORCH_BOX(&update_running_statistics_));
 }

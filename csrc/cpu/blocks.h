@@ -61,10 +61,10 @@ static inline int64_t block_elements(const Map& map, const Blocks& b, int64_t in
 }
 
 // The weight gradient cuts the output channels into blocks, of which the last may be shorter by multiples of
-// kWeightGradientLanes, and forms dz for about kWeightGradientRowBytes at a time, so that it stays in the L2 cache.
+// kWeightGradientLanes, and forms dz for about kWeightGradientRowBytes at a time, so that it stays in the L1 cache.
 constexpr int64_t kWeightGradientBlock = 64;
 constexpr int64_t kWeightGradientLanes = 16;
-constexpr int64_t kWeightGradientRowBytes = 64 * 1024;
+constexpr int64_t kWeightGradientRowBytes = 32 * 1024;
 
 static inline int64_t weight_gradient_blocks(const Shape& s) {
   return (s.c + kWeightGradientBlock - 1) / kWeightGradientBlock;

@@ -105,9 +105,12 @@ void input_gradient(const InputGradientParams& p, const ParallelFor& parallel_fo
   run(kernels().input_gradient, p, channels_last ? s.n * segment_count(p.bins_h) : s.n * s.c, parallel_for);
 }
 
-bool has_weight_gradient(const Map& dz, const Strides& x_strides) {
+bool has_weight_gradient(const Map& dz, const Shape& x_shape, const Strides& x_strides) {
+  // Narrower maps leave too few sums in flight; measured, the library's convolution is then up to 1.1 times faster.
+  constexpr int64_t kFewestInputs = 16, kFewestOutputs = 32;
   return kernels().weight_gradient != nullptr && dz.dtype == DType::kFloat32 && dz.layout == Layout::kChannelsLast &&
-         x_strides.c == 1 && dz.shape.c % kWeightGradientLanes == 0;
+         dz.shape.c % kWeightGradientLanes == 0 && dz.shape.c >= kFewestOutputs && x_shape.c >= kFewestInputs &&
+         x_strides.c == 1;
 }
 
 void weight_gradient(WeightGradientParams p, float* dw, const Strides& dw_strides, const ParallelFor& parallel_for) {

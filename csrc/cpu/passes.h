@@ -36,8 +36,8 @@ void cell_sums(const CellSumsParams& p, const ParallelFor& parallel_for);
 
 void input_gradient(const InputGradientParams& p, const ParallelFor& parallel_for);
 
-// Whether the kernels in use can do it: channels_last float32, a multiple of 16 output channels, AVX-512.
-bool has_weight_gradient(const Map& dz, const Strides& x_strides);
+// Whether the kernels in use can do it and gain by it: channels_last float32 with enough channels, AVX-512.
+bool has_weight_gradient(const Map& dz, const Shape& x_shape, const Strides& x_strides);
 
 // Writes dw[k, c, kh, kw] through its strides {k, c, kh, kw}.  chunks and dw of p are set here.
 void weight_gradient(WeightGradientParams p, float* dw, const Strides& dw_strides, const ParallelFor& parallel_for);

@@ -1,7 +1,7 @@
 // Weight gradient with dz formed on the way: a direct convolution whose accumulators stay in registers.
 //
 // A task owns one part of the samples and one block of output channels.  It forms dz for a few rows at a time in the
-// L2 cache and adds their outer products with the input to tiles of dw: kTileInputs input channels by a vector block
+// L1 cache and adds their outer products with the input to tiles of dw: kTileInputs input channels by a vector block
 // of output channels, over all pixels of the rows, for each kernel tap.
 #pragma once
 
@@ -29,6 +29,26 @@ Range valid_range(int64_t outputs, int64_t inputs, int64_t stride, int64_t offse
   const int64_t end = inputs - offset <= 0 ? 0 : (inputs - offset + stride - 1) / stride;
   return {begin, end < outputs ? end : outputs};
 }
+
+// Asks for memory ahead of its use, a few lines at a time between tiles: a tile touches one line of each pixel, which
+// no hardware prefetcher foresees.
+class Prefetcher {
+ public:
+  // `pixels` pieces of `bytes`, each `pitch` bytes after the one before.
+  Prefetcher(const void* first, int64_t pixels, int64_t pitch, int64_t bytes, int64_t steps)
+      : next_(static_cast<const char*>(first)), pixels_(pixels), pitch_(pitch), bytes_(bytes) {
+    per_step_ = (pixels + steps - 1) / steps;
+  }
+
+  void step() {
+    for (int64_t i = 0; i < per_step_ && pixels_ > 0; ++i, --pixels_, next_ += pitch_)
+      for (int64_t b = 0; b < bytes_; b += 64) __builtin_prefetch(next_ + b, 0, 2);
+  }
+
+ private:
+  const char* next_;
+  int64_t pixels_, pitch_, bytes_, per_step_;
+};
 
 // One tap and one tile over some rows.
 struct TileRows {
@@ -76,10 +96,20 @@ void add_tile_of(int64_t inputs, const TileRows& t, float* dw) {
 
 // All taps and all input channels of rows [h_begin, h_end) of sample n.
 template <int kVectors>
-void add_rows(const WeightGradientParams& p, int64_t n, int64_t h_begin, int64_t h_end, const float* dz, float* dw) {
+void add_rows(const WeightGradientParams& p, int64_t n, int64_t h_begin, int64_t h_end, int64_t c_begin, const float* dz,
+              float* dw) {
   constexpr int kBlock = kVectors * kLanes<float>;
   const Shape& out = p.gradient.map.shape;
   const Shape& in = p.x_shape;
+  const int64_t tiles = (in.c + tile_inputs(kVectors) - 1) / tile_inputs(kVectors);
+  const int64_t steps = p.kernel_h * p.kernel_w * tiles;
+  const int64_t bytes = sizeof(float);
+  // What the next rows will need; past the end of the map nothing is read, and asking does no harm.
+  const int64_t x_known = (h_end - 1) * p.stride_h + (p.kernel_h - 1) * p.dilation_h - p.padding_h + 1;
+  Prefetcher z(at<float>(p.gradient.z, p.gradient.z_strides, n, c_begin, h_end, 0), (h_end - h_begin) * out.w,
+               p.gradient.z_strides.w * bytes, kBlock * bytes, steps);
+  Prefetcher x_ahead(at<float>(p.x, p.x_strides, n, 0, x_known, 0), (h_end - h_begin) * p.stride_h * in.w,
+                     p.x_strides.w * bytes, in.c * bytes, steps);
   for (int64_t kh = 0; kh < p.kernel_h; ++kh) {
     const int64_t offset_h = kh * p.dilation_h - p.padding_h;
     const Range valid = valid_range(out.h, in.h, p.stride_h, offset_h);
@@ -101,11 +131,12 @@ void add_rows(const WeightGradientParams& p, int64_t n, int64_t h_begin, int64_t
                  columns.end - columns.begin};
       float* tap = dw + (kh * p.kernel_w + kw) * in.c * kBlock;
       // Tiles of nearly equal size: a narrow last one would wait for its few sums instead of multiplying.
-      const int64_t tiles = (in.c + tile_inputs(kVectors) - 1) / tile_inputs(kVectors);
       for (int64_t i = 0; i < tiles; ++i) {
         const int64_t c = i * in.c / tiles;
         t.x = x + c;
         add_tile_of<kVectors>((i + 1) * in.c / tiles - c, t, tap + c * kBlock);
+        z.step();
+        x_ahead.step();
       }
     }
   }
@@ -143,7 +174,7 @@ void weight_gradient_task(const WeightGradientParams& p, FormRows form, int64_t 
         form(g, n, rows, c_begin, c_begin + kBlock, scratch + (rows.begin - h) * shape.w * kBlock, shape.w * kBlock,
              kBlock);
       }
-      add_rows<kVectors>(p, n, h, h_end, scratch, dw);
+      add_rows<kVectors>(p, n, h, h_end, c_begin, scratch, dw);
     }
   }
 }

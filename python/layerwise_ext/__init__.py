@@ -14,6 +14,6 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-from layerwise_ext import data, functional, models, nn, train
+from layerwise_ext import functional, models, nn, train
 
-__all__ = ["__version__", "data", "functional", "models", "nn", "train"]
+__all__ = ["__version__", "functional", "models", "nn", "train"]

@@ -93,9 +93,14 @@ def _(z, *args):
     return _empty_map(z, list(z.shape), _is_channels_last(z), z.dtype)
 
 
-@torch.library.register_fake("layerwise_ext::bn_act_moments_backward_")
-def _(z, *args):
-    return None
+def _fake_conv_backward(z, *args):
+    input, conv_weight, *_, needs_input, needs_weight = args[-8:]
+    none = z.new_empty(0)
+    return torch.empty_like(input) if needs_input else none, torch.empty_like(conv_weight) if needs_weight else none
+
+
+torch.library.register_fake("layerwise_ext::conv_bn_act_moments_backward", _fake_conv_backward)
+torch.library.register_fake("layerwise_ext::conv_bn_act_moments_backward_", _fake_conv_backward)
 
 
 @torch.library.register_fake("layerwise_ext::update_running_statistics_")
@@ -109,49 +114,45 @@ def _(running_mean, running_var, mean, var, shift, count, momentum):
 # activations (ReLU(inplace=True), out += identity), and z is nobody else's.
 
 
-def _hooks_see_saved_tensors() -> bool:
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+_library = torch.library.Library("layerwise_ext", "FRAGMENT")
 
 
-def _may_overwrite(z: Tensor, ctx: Any) -> bool:
-    """Whether dz may take z's memory: z is this node's own, and nobody will read it again.
+def _register_autograd(name: str, setup_context: Any, backward: Any) -> None:
+    """As torch.library.register_autograd, without its 50 microseconds per call: it fills in default arguments from the
+    schema each time, and these operators have none."""
+    operator = getattr(operators, name).default
 
-    Not so while tracing (z is a stand-in then), with retain_graph=True, where saved-tensor hooks saw z, or where
-    anything else still refers to its storage.
+    def below_autograd(keyset: Any, args: tuple[Any, ...]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
+        output = below_autograd(keyset, args)
+        setup_context(ctx, args, output)
+        return output
+
+    function = type(
+        f"{name}_function",
+        (torch.autograd.Function,),
+        {"forward": staticmethod(forward), "backward": staticmethod(lambda ctx, *grads: (None, *backward(ctx, *grads)))},
+    )
+
+    def autograd_kernel(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return function.apply(keyset, *args)  # type: ignore[attr-defined]
+        return below_autograd(keyset, args)
+
+    _library.impl(name, autograd_kernel, "Autograd", with_keyset=True)
+
+
+def _may_overwrite(ctx: Any, z: Tensor) -> bool:
+    """Whether dz may take the memory of a convolution's z: nobody will read it again.
+
+    Not so while tracing (z is a stand-in then), with retain_graph=True, and where saved-tensor hooks saw z.
     """
-    if not ctx.owns_z or type(z) is not Tensor:
-        return False
-    if torch._C._autograd._get_current_graph_task_keep_graph():
-        return False
-    # The saved tensor and the wrapper made by untyped_storage() are the two that are ours.
-    return torch._C._storage_Use_Count(z.untyped_storage()._cdata) <= _OWN_USES
-
-
-_OWN_USES = 2
-
-
-def _bn_act_moments_backward(
-    ctx: Any, z: Tensor, saved: tuple[Any, ...], gradients: tuple[Tensor | None, ...]
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """dz (None where nobody needs it), dgamma, dbeta. Replicas would be summed between the two operators."""
-    sums, mean, var, weight, bias = saved
-    common = (mean, var, weight, bias, *ctx.form)
-    dgamma, dbeta = operators.bn_act_moments_backward_sums(z, *gradients, sums, *common)
-    dz = None
-    if ctx.needs_dz and _may_overwrite(z, ctx):
-        operators.bn_act_moments_backward_(z, *gradients, dgamma, dbeta, *common, ctx.count)
-        dz = z
-    elif ctx.needs_dz:
-        dz = operators.bn_act_moments_backward(z, *gradients, dgamma, dbeta, *common, ctx.count)
-    if torch.is_grad_enabled():  # create_graph=True
-        mark = torch.empty(0, requires_grad=True)
-        dz = None if dz is None else _OnceDifferentiable.apply(dz, mark)
-        dgamma, dbeta = (_OnceDifferentiable.apply(d, mark) for d in (dgamma, dbeta))
-    return dz, dgamma, dbeta
-
-
-def _like(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else gradient.to(parameter.dtype)
+    return (
+        type(z) is Tensor and not ctx.hooked and not torch._C._autograd._get_current_graph_task_keep_graph()
+    )
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -169,63 +170,79 @@ class _OnceDifferentiable(torch.autograd.Function):
         )
 
 
+def _once_differentiable(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    if not torch.is_grad_enabled():  # the usual case: no create_graph=True
+        return gradients
+    mark = torch.empty(0, requires_grad=True)
+    return tuple(None if g is None else _OnceDifferentiable.apply(g, mark) for g in gradients)
+
+
+def _like(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else gradient.to(parameter.dtype)
+
+
 def _setup_bn(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    z, weight, bias, mean, _, eps, activation, negative_slope, bins = inputs
-    y, m1, m2, sums, mean_z, var_z = output
+    z, weight, bias, mean, _, *form = inputs
+    _, _, _, sums, mean_z, var_z = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(sums, mean_z, var_z)
     ctx.save_for_backward(z, sums, mean_z, var_z, weight, bias)
-    ctx.form = (eps, activation, negative_slope, bins)
+    ctx.form = form  # eps, activation, negative_slope, bins
     ctx.count = z.numel() // z.size(1) if mean is None else 0  # 0: the statistics do not depend on z
-    ctx.owns_z = False
-    ctx.needs_dz = ctx.needs_input_grad[0]
 
 
-def _backward_bn(ctx: Any, grad_y, grad_m1, grad_m2, *_) -> tuple[Tensor | None, ...]:
-    z, *saved = ctx.saved_tensors
-    dz, dgamma, dbeta = _bn_act_moments_backward(ctx, z, tuple(saved), (grad_y, grad_m1, grad_m2))
-    weight, bias = saved[-2:]
-    return dz, _like(dgamma, weight), _like(dbeta, bias), None, None, None, None, None, None
+def _backward_bn(ctx: Any, grad_y: Any, grad_m1: Any, grad_m2: Any, *_: Any) -> tuple[Tensor | None, ...]:
+    z, sums, mean, var, weight, bias = ctx.saved_tensors
+    gradients = (grad_y, grad_m1, grad_m2)
+    common = (mean, var, weight, bias, *ctx.form)
+    # Replicas would add up their sums here, between the two operators.
+    dgamma, dbeta = operators.bn_act_moments_backward_sums(z, *gradients, sums, *common)
+    dz = None
+    if ctx.needs_input_grad[1]:
+        dz = operators.bn_act_moments_backward(z, *gradients, dgamma, dbeta, *common, ctx.count)
+    return (*_once_differentiable((dz, _like(dgamma, weight), _like(dbeta, bias))), *([None] * 6))
 
 
-torch.library.register_autograd("layerwise_ext::bn_act_moments", _backward_bn, setup_context=_setup_bn)
+_register_autograd("bn_act_moments", _setup_bn, _backward_bn)
 
 
 def _setup_conv(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     input, conv_weight, conv_bias, weight, bias, mean, _, stride, padding, dilation, groups, *form = inputs
-    y, m1, m2, sums, mean_z, var_z, z = output
+    _, _, _, sums, mean_z, var_z, z = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(sums, mean_z, var_z, z)
     ctx.save_for_backward(input, conv_weight, conv_bias, z, sums, mean_z, var_z, weight, bias)
-    ctx.form = tuple(form)
-    ctx.convolution = (stride, padding, dilation, False, [0, 0], groups)
+    ctx.form = form
+    ctx.convolution = (stride, padding, dilation, groups)
     ctx.count = z.numel() // z.size(1) if mean is None else 0
-    ctx.owns_z = not _hooks_see_saved_tensors()
-    ctx.needs_dz = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+    ctx.hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-def _backward_conv(ctx: Any, grad_y, grad_m1, grad_m2, *_) -> tuple[Tensor | None, ...]:
-    input, conv_weight, conv_bias, z, *saved = ctx.saved_tensors
-    dz, dgamma, dbeta = _bn_act_moments_backward(ctx, z, tuple(saved), (grad_y, grad_m1, grad_m2))
-    weight, bias = saved[-2:]
-    grad_input = grad_conv_weight = grad_conv_bias = None
-    if dz is not None:
-        mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]
-        grad_input, grad_conv_weight, _ = _aten.convolution_backward(
-            dz, input, conv_weight.to(input.dtype), None, *ctx.convolution, mask
+def _backward_conv(ctx: Any, grad_y: Any, grad_m1: Any, grad_m2: Any, *_: Any) -> tuple[Tensor | None, ...]:
+    input, conv_weight, conv_bias, z, sums, mean, var, weight, bias = ctx.saved_tensors
+    gradients = (grad_y, grad_m1, grad_m2)
+    common = (mean, var, weight, bias, *ctx.form)
+    dgamma, dbeta = operators.bn_act_moments_backward_sums(z, *gradients, sums, *common)
+    needs_input, needs_weight, needs_bias = ctx.needs_input_grad[1:4]
+    grad_input = grad_weight = grad_bias = None
+    if needs_input or needs_weight:
+        backward = (
+            operators.conv_bn_act_moments_backward_
+            if _may_overwrite(ctx, z)
+            else operators.conv_bn_act_moments_backward
         )
-        if grad_conv_weight is not None:
-            grad_conv_weight = grad_conv_weight.to(conv_weight.dtype)
-    if conv_bias is not None and ctx.needs_input_grad[2]:
-        # dL/dbias = sum of dz: zero behind batch statistics, which remove any shift, and gamma*rstd*dbeta behind fixed ones.
-        grad_conv_bias = torch.zeros_like(conv_bias)
+        grad_input, grad_weight = backward(
+            z, *gradients, dgamma, dbeta, *common, ctx.count, input, conv_weight, *ctx.convolution,
+            needs_input, needs_weight,
+        )  # fmt: skip
+    if conv_bias is not None and needs_bias:
+        # The sum of dz: zero behind batch statistics, which cancel any shift, gamma*rstd*dbeta behind fixed ones.
+        grad_bias = torch.zeros_like(conv_bias)
         if ctx.count == 0:
-            scale = torch.rsqrt(saved[2] + ctx.form[0])
-            if weight is not None:
-                scale = scale * weight
-            grad_conv_bias = (scale * dbeta).to(conv_bias.dtype)
-    gradients = grad_input, grad_conv_weight, grad_conv_bias, _like(dgamma, weight), _like(dbeta, bias)
-    return (*gradients, *([None] * 10))
+            scale = torch.rsqrt(var + ctx.form[0]) * (1 if weight is None else weight)
+            grad_bias = (scale * dbeta).to(conv_bias.dtype)
+    grads = (grad_input if needs_input else None, grad_weight if needs_weight else None, grad_bias)
+    return (*_once_differentiable((*grads, _like(dgamma, weight), _like(dbeta, bias))), *([None] * 10))
 
 
-torch.library.register_autograd("layerwise_ext::conv_bn_act_moments", _backward_conv, setup_context=_setup_conv)
+_register_autograd("conv_bn_act_moments", _setup_conv, _backward_conv)

@@ -1,0 +1,130 @@
+"""Writes the measured tables of the README from benchmarks/results, so that no number there is typed by hand.
+
+`python benchmarks/readme_table.py` rewrites README.md between its markers; with `--check` it changes nothing and fails
+if README.md does not say what the results say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench_stage import memory_ratio
+from harness import REPOSITORY, RESULTS
+from peers import COMPILE, CONTIGUOUS, EAGER, OURS, Row
+
+BEGIN = "<!-- bench_stage:begin -->"
+END = "<!-- bench_stage:end -->"
+NOTHING_YET = "No results are recorded; `python benchmarks/bench_stage.py` makes them."
+
+
+def tables(results: Path) -> str:
+    """Markdown for all complete results of bench_stage.py in the folder, in the order of their names."""
+    parts = []
+    for path in sorted(results.glob("bench_stage-*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if result["settings"]["complete"]:
+            parts.append(_table(result))
+    return "\n\n".join(parts) if parts else NOTHING_YET
+
+
+def _table(result: dict[str, Any]) -> str:
+    entries = {(Row(**entry["row"]), entry["dtype"]): entry for entry in result["rows"]}
+    dtypes = list(result["summary"])
+    columns = ["ms", "vs eager", "vs compile", "memory"]
+    header = ["N", "channels", "map", "cells", *(f"{dtype} {column}" for dtype in dtypes for column in columns)]
+    lines = [_line(header), _line(["---:"] * len(header))]
+    for row in dict.fromkeys(row for row, _ in entries):
+        size = f"{row.size}x{row.size}" + (f", stride {row.stride}" if row.stride > 1 else "")
+        cells = [str(row.batch), f"{row.in_channels} → {row.out_channels}", size, f"{row.cells}x{row.cells}"]
+        for dtype in dtypes:
+            entry = entries[row, dtype]
+            ratio, memory = entry["ratio"], memory_ratio(entry, EAGER)
+            cells.append(f"{entry['milliseconds'][OURS]['median']:.1f}")
+            cells += [f"{ratio[EAGER]['median']:.2f}x", f"{ratio[COMPILE]['median']:.2f}x"]
+            cells.append("" if memory is None else f"{memory:.2f}")
+        lines.append(_line(cells))
+    means = ["", "**geometric mean**", "", ""]
+    for dtype in dtypes:
+        summary = result["summary"][dtype]
+        means.append("")
+        means += [f"**{summary['ratio'][name]['geometric_mean']:.2f}x**" for name in (EAGER, COMPILE)]
+        means.append(f"**{summary['memory'][EAGER]['geometric_mean']:.2f}**" if EAGER in summary["memory"] else "")
+    lines.append(_line(means))
+    return "\n".join(lines) + "\n\n" + _caption(result)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _caption(result: dict[str, Any]) -> str:
+    machine, versions, commit = result["machine"], result["versions"], result["commit"]
+    spread = max(
+        (time["q3"] - time["q1"]) / 2 / time["median"]
+        for entry in result["rows"]
+        for time in (entry["milliseconds"][name] for name in (OURS, EAGER, COMPILE))
+    )
+    over = {dtype: summary["over_convolution"] for dtype, summary in result["summary"].items()}
+    floor = ", ".join(f"{o[OURS]:.2f} here and {o[EAGER]:.2f} in eager ({dtype})" for dtype, o in over.items())
+    nchw = ", ".join(
+        f"{summary['ratio'][CONTIGUOUS]['geometric_mean']:.2f}x ({dtype})"
+        for dtype, summary in result["summary"].items()
+    )
+    revision = "no commit" if commit["hash"] is None else f"commit {commit['hash'][:12]}"
+    if commit["dirty"]:
+        revision += " with changes"
+    return (
+        f"{machine['cpu']}, {machine['threads']} threads on {machine['cores']} cores, {machine['memory_gib']} GiB "
+        f"({machine['layerwise_cpu_capability']} kernels); torch {versions['torch']} "
+        f"({machine['torch_cpu_capability']}), Python {versions['python']}, {versions['compiler']}; "
+        f"{revision}, {result['date'][:10]}.\n\n"
+        "*ms*: one training step of the stage with this package. *vs eager*, *vs compile*: how many times as long the "
+        "same step takes in plain PyTorch, channels_last, and in `torch.compile` of it. *memory*: peak of a step "
+        "beyond input and parameters, as a share of eager's. Against eager with contiguous maps the geometric mean is "
+        f"{nchw}. Time of a step over that of its convolution alone (forward and weight gradient), which no fusion "
+        f"around it can save, in the geometric mean: {floor}. Medians over interleaved rounds; half the interquartile "
+        f"range of a time is at most {spread:.0%}. One machine, and these shapes only: elsewhere the ratio follows the "
+        "share of the convolution in the step."
+    )
+
+
+def updated(readme: str, table: str) -> str:
+    """The README's text with everything between the markers replaced."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
+        raise ValueError(f"the README must have the lines {BEGIN} and {END} once each, in this order")
+    before, _, rest = readme.partition(BEGIN)
+    after = rest.partition(END)[2]
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Writes the measured tables of the README from benchmarks/results.")
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if the README is out of date")
+    parser.add_argument("--readme", type=Path, default=REPOSITORY / "README.md")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args(argv)
+    old = arguments.readme.read_text(encoding="utf-8")
+    try:
+        new = updated(old, tables(arguments.results))
+    except ValueError as error:
+        print(f"error: {arguments.readme.name}: {error}", file=sys.stderr)
+        return 1
+    if new == old:
+        return 0
+    if arguments.check:
+        print(
+            f"error: {arguments.readme.name} is not what the results say; run python benchmarks/readme_table.py",
+            file=sys.stderr,
+        )
+        return 1
+    arguments.readme.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""The benchmark programs run, refuse to time different computations, and write what the README's table is made from."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+if not BENCHMARKS.is_dir():
+    pytest.skip("benchmarks/ is not beside tests/", allow_module_level=True)
+sys.path.insert(0, str(BENCHMARKS))
+
+import bench_stage  # noqa: E402
+import harness  # noqa: E402
+import peak_memory  # noqa: E402
+import readme_table  # noqa: E402
+from peers import COMPILE, CONTIGUOUS, CONVOLUTION, EAGER, OURS, Row  # noqa: E402
+
+TINY = "8,4,16,64,2"  # maps of 2 MiB, so that the memory can be judged as well
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """Of a real run with one tiny row and two rounds."""
+    path = tmp_path_factory.mktemp("results") / "bench_stage-tiny.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_stage, "QUICK", harness.Sampling(warmup=1, min_rounds=2, max_rounds=2, seconds=0.0))
+        options = ["--quick", "--rows", TINY, "--dtypes", "fp32", "--no-compile", "--output", str(path)]
+        assert bench_stage.main(options) == 0
+    return json.loads(path.read_text())
+
+
+def test_result_file(result):
+    assert result["benchmark"] == "bench_stage"
+    assert {"cpu", "cores", "threads", "memory_gib", "layerwise_cpu_capability"} <= result["machine"].keys()
+    assert {"torch", "python", "compiler", "layerwise_ext"} <= result["versions"].keys()
+    assert result["commit"].keys() == {"hash", "dirty"}
+    assert result["settings"]["complete"] is False
+    (entry,) = result["rows"]
+    assert Row(**entry["row"]) == Row.parse(TINY)
+    assert entry["rounds"] == 2
+    assert entry["difference_to_eager"] < 1e-3
+    assert entry["milliseconds"].keys() == {OURS, EAGER, CONTIGUOUS, CONVOLUTION}
+    assert entry["ratio"].keys() == {EAGER, CONTIGUOUS}
+    assert all(t["q1"] <= t["median"] <= t["q3"] for t in entry["milliseconds"].values())
+    mean = result["summary"]["fp32"]["ratio"][EAGER]
+    assert mean["geometric_mean"] == pytest.approx(entry["ratio"][EAGER]["median"])
+    assert mean["rows"] == 1
+
+
+@pytest.mark.skipif(peak_memory.unavailable() is not None, reason=str(peak_memory.unavailable()))
+def test_peak_memory_of_a_stage_is_at_least_what_it_must_keep(result):
+    (entry,) = result["rows"]
+    assert entry["least_bytes"] == 2 * 8 * 16 * 64 * 64 * 4
+    for peak in entry["peak_bytes"].values():
+        assert 0.9 * entry["least_bytes"] <= peak <= 4 * entry["least_bytes"]  # the kernel's counter is not exact
+
+
+@pytest.mark.skipif(peak_memory.unavailable() is not None, reason=str(peak_memory.unavailable()))
+def test_peak_memory_counts_live_memory_only():
+    program = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import peak_memory, torch
+peak_memory.return_freed_memory()
+held = torch.ones(4 << 20)
+
+def step():
+    a = torch.ones(2 << 20)  # 8 MiB of float32
+    b = torch.ones(1 << 20)
+    del a
+    c = torch.ones(1 << 20), torch.empty(8 << 20)  # the second one is never written
+
+print(peak_memory.peak_of_step(step, lambda: None) / 2**20)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(BENCHMARKS)], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert float(done.stdout) == pytest.approx(12.0, abs=1.0)
+
+
+def test_different_computations_are_not_timed(monkeypatch, tmp_path, capsys):
+    right = bench_stage.training_step
+
+    def wrong(name, *arguments):
+        step = right(name, *arguments)
+        if name != OURS:
+            return step
+
+        def loss():
+            value = step.loss()
+            for parameter in step.module.parameters():
+                parameter.grad *= 1.01
+            return value
+
+        return dataclasses.replace(step, loss=loss)
+
+    monkeypatch.setattr(bench_stage, "training_step", wrong)
+    output = tmp_path / "result.json"
+    options = ["--rows", "2,3,4,8,2", "--dtypes", "fp32", "--no-compile", "--no-memory", "--output", str(output)]
+    assert bench_stage.main(options) == 1
+    assert "gradient of" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_only_a_complete_run_writes_the_published_file():
+    assert bench_stage.parse([]).output.name == "bench_stage-cpu.json"
+    for options in (["--quick"], ["--no-compile"], ["--no-memory"], ["--dtypes", "fp32"], ["--rows", TINY]):
+        assert bench_stage.parse(options).output.name == "bench_stage-cpu-partial.json"
+
+
+@pytest.mark.parametrize("text", ["", "1,2,3", "8,4,16,64,2,1,1", "8,4,16,64,0", "8,4,x,64,2", "8,4,16,4,5"])
+def test_bad_row(text):
+    with pytest.raises(ValueError, match="row"):
+        Row.parse(text)
+
+
+def test_interleaving():
+    log = []
+
+    @dataclasses.dataclass
+    class Step:
+        name: str
+
+        def prepare(self):
+            log.append(f"prepare {self.name}")
+
+        def run(self):
+            log.append(self.name)
+
+    steps = {name: Step(name) for name in "abc"}
+    times = harness.interleave(steps, harness.Sampling(warmup=1, min_rounds=4, max_rounds=9, seconds=0.0))
+    assert {len(seconds) for seconds in times.values()} == {4}
+    assert log[::2] == [f"prepare {name}" for name in log[1::2]]
+    rounds = ["".join(log[1::2][i : i + 3]) for i in range(3, 15, 3)]
+    assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
+    assert len(set(rounds)) > 1
+
+
+def test_statistics():
+    assert harness.Quartiles.of([4.0, 1.0, 3.0, 2.0, 5.0]) == (3.0, 2.0, 4.0)
+    assert harness.Quartiles.of([7.0]) == (7.0, 7.0, 7.0)
+    assert harness.ratios([2.0, 6.0, 12.0], [1.0, 2.0, 3.0]).median == 3.0
+    assert harness.geometric_mean([1.0, 4.0]) == pytest.approx(2.0)
+
+
+def test_failed_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / "results" / "x.json"
+    harness.write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="nan"):
+        harness.write_json(path, {"a": float("nan")})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.fixture
+def complete(result):
+    """A result as of a complete run: with torch.compile, which is too slow for a test, and memory of its own."""
+    result = copy.deepcopy(result)
+    result["settings"]["complete"] = True
+    for entry in result["rows"]:
+        for part in ("milliseconds", "ratio", "over_convolution"):
+            entry[part][COMPILE] = entry[part][EAGER]
+        entry["peak_bytes"] = {OURS: 3 << 20, EAGER: 4 << 20, CONTIGUOUS: 4 << 20, COMPILE: 4 << 20}
+    result["summary"] = bench_stage.summarise(result["rows"])
+    return result
+
+
+def test_readme_table(complete, tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# Title\n{readme_table.BEGIN}\nold\n{readme_table.END}\nafter\n")
+    options = ["--readme", str(readme), "--results", str(tmp_path)]
+    partial = copy.deepcopy(complete)
+    partial["settings"]["complete"] = False
+    harness.write_json(tmp_path / "bench_stage-cpu-partial.json", partial)
+    assert readme_table.tables(tmp_path) == readme_table.NOTHING_YET
+
+    harness.write_json(tmp_path / "bench_stage-cpu.json", complete)
+    assert readme_table.main([*options, "--check"]) == 1
+    assert "readme_table.py" in capsys.readouterr().err
+    assert "old" in readme.read_text()
+    assert readme_table.main(options) == 0
+    assert readme_table.main([*options, "--check"]) == 0
+    text = readme.read_text()
+    assert text.startswith("# Title\n") and text.endswith("after\n") and "old" not in text
+    assert "| 8 | 4 → 16 | 64x64 | 2x2 |" in text
+    assert "0.75" in text
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in rows}) == 1
+
+
+def test_readme_without_markers(tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text("# Title\n")
+    assert readme_table.main(["--readme", str(readme), "--results", str(tmp_path)]) == 1
+    assert readme_table.BEGIN in capsys.readouterr().err
+
+
+def test_readme_says_what_the_results_say():
+    assert readme_table.main(["--check"]) == 0

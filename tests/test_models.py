@@ -1,0 +1,99 @@
+"""VGG networks: sizes, initial values, and the fused and plain forms of one network."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from layerwise_ext.models import StagedModel, vgg
+from layerwise_ext.nn import ConvBNReLU2d, LocalHead, LocalStage
+from torch import nn
+
+SMALL = {"in_channels": 1, "image_size": (8, 8), "hidden": 16, "seed": 0}
+
+
+@pytest.mark.parametrize(("config", "parameters"), [("vgg8b", 8_903_434), ("vgg11b", 11_559_946)])
+def test_parameter_counts_of_the_paper(config: str, parameters: int) -> None:
+    model = vgg(config, dim=2048)
+    assert sum(p.numel() for p in model.backbone().parameters()) == parameters
+    assert len(model) == {"vgg8b": 7, "vgg11b": 10}[config]
+
+
+def test_cells_follow_the_halving_rule() -> None:
+    model = vgg([128, 256, "M", 512, "M", 512], dim=2048, width_multiplier=1.0, hidden=None)
+    assert [stage.head.bins for stage in model] == [(4, 4), (2, 4), (2, 2), (2, 2)]
+    odd = vgg([16, 16, "M", 16], in_channels=1, image_size=(7, 5), dim=128, hidden=None)
+    assert [stage.head.bins for stage in odd] == [(2, 3), (2, 3), (3, 2)]
+    explicit = vgg([8, "M", 8, "M", 8], **SMALL, bins=4)
+    assert [stage.head.bins for stage in explicit] == [(4, 4), (4, 4), (2, 2), (1, 1)]
+
+
+def test_fused_and_plain_are_the_same_network() -> None:
+    fused, plain = vgg([8, "M", 16], **SMALL), vgg([8, "M", 16], **SMALL, fused=False)
+    assert any(isinstance(module, ConvBNReLU2d) for module in fused.modules())
+    assert not any(isinstance(module, ConvBNReLU2d) for module in plain.modules())
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(fused.parameters(), plain.parameters(), strict=True))
+    nn.init.normal_(fused[-1].head.linear.weight)
+    plain.load_state_dict(fused.state_dict())
+    x = torch.randn(4, 1, 8, 8)
+    torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-5)
+
+
+def test_backbone_is_the_plain_network_without_local_heads() -> None:
+    model, other = vgg([8, "M", 16], **SMALL), vgg([8, "M", 16], **{**SMALL, "seed": 1}, fused=False)
+    nn.init.normal_(model[-1].head.linear.weight)
+    state = model.backbone_state_dict()
+    assert not any("head" in key for key in state)
+    other.backbone().load_state_dict(state)
+    x = torch.randn(4, 1, 8, 8)
+    torch.testing.assert_close(other.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.backbone()(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_seed_leaves_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    first, second = vgg([8], **SMALL), vgg([8], **SMALL)
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    other = vgg([8], **{**SMALL, "seed": 1})
+    assert not torch.equal(first[0].body.conv.weight, other[0].body.conv.weight)
+
+
+def test_gradients_reach_every_body_and_only_the_last_head() -> None:
+    model = vgg([8, "M", 16], **SMALL)
+    nn.init.normal_(model[-1].head.linear.weight)
+    model(torch.randn(4, 1, 8, 8)).sum().backward()
+    assert all(p.grad is not None for p in model.backbone().parameters())
+    assert all(p.grad is None for stage in list(model)[:-1] for p in stage.head.parameters())
+
+
+def test_width_large_images_and_copies() -> None:
+    model = vgg([32, "M", 64], image_size=(66, 66), width_multiplier=0.25, hidden=40, activation="leaky_relu")
+    assert [stage.head.in_channels for stage in model] == [8, 16, 10]
+    first = model[0].body.conv
+    assert (first.kernel_size, first.stride, first.padding) == ((7, 7), (2, 2), (3, 3))
+    assert model[2].body.conv.kernel_size == (16, 16)
+    assert copy.deepcopy(model)(torch.randn(2, 3, 66, 66)).shape == (2, 10)
+
+
+def test_bad_arguments() -> None:
+    for message, config, options in [
+        ("config is 'vgg9'; allowed: 'vgg8b'", "vgg9", {}),
+        ("config holds 'X'", [8, "X"], {}),
+        ("two pools in a row", [8, "M", "M", 8], {}),
+        ("at least one number", ["M"], {}),
+        ("no layer is left", [8, "M"], {"hidden": None}),
+        ("head is 'mlp'; allowed: 'pooled_linear'", [8], {"head": "mlp"}),
+        ("activation is 'gelu'", [8], {"activation": "gelu"}),
+        ("width_multiplier is 0", [8], {"width_multiplier": 0}),
+        (r"image_size is \(8, 8\), too small for 4 2x2 pools.*at least 16", "vgg8b", {"image_size": (8, 8)}),
+        (r"image_size is \(0, 8\)", [8], {"image_size": (0, 8)}),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            vgg(config, **options)
+    with pytest.raises(ValueError, match="stages is empty"):
+        StagedModel([])
+    with pytest.raises(TypeError, match="the output needs a PooledLinearHead"):
+        StagedModel([LocalStage(nn.Identity(), LocalHead())])

@@ -1,0 +1,180 @@
+"""LocalStage: what crosses its borders and what does not."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from layerwise_ext.nn import ConvBNReLU2d, HeadOutput, LocalHead, LocalStage, PooledLinearHead, PooledMoments
+from torch import nn
+
+TOLERANCE = {"rtol": 1e-9, "atol": 1e-10}
+
+
+def block(in_channels: int = 3, channels: int = 8) -> ConvBNReLU2d:
+    return ConvBNReLU2d(in_channels, channels, 3, padding=1, dtype=torch.float64)
+
+
+def make_stage(body: nn.Module, channels: int = 8, **options: bool) -> LocalStage:
+    return LocalStage(body, PooledLinearHead(channels, 5, bins=(2, 2), dtype=torch.float64), **options)
+
+
+def data(channels: int = 3, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, channels, size, size, generator=generator, dtype=torch.float64)
+    return x, torch.randint(5, (6,), generator=generator)
+
+
+BODIES = {
+    "layer": block,
+    "pool, layer": lambda: nn.Sequential(nn.MaxPool2d(2), block()),
+    "nested": lambda: nn.Sequential(nn.Sequential(nn.Identity()), nn.Sequential(block(3, 4), block(4, 8))),
+    "plain": lambda: nn.Sequential(*block().to_modules()),
+    "other module": lambda: nn.Conv2d(3, 8, 3, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_stage_equals_plain_autograd(name: str, layout: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    stage = make_stage(BODIES[name]())
+    peer = copy.deepcopy(stage)
+    x, target = data()
+    x = x.to(memory_format=layout)
+
+    features, loss, logits = stage(x, target)
+    loss.backward()
+
+    expected_features = peer.features(x)
+    expected_logits = peer.head.linear(F.adaptive_avg_pool2d(expected_features, (2, 2)).flatten(1))
+    expected_loss = F.cross_entropy(expected_logits, target)
+    expected_loss.backward()
+
+    torch.testing.assert_close(features, expected_features.detach(), **TOLERANCE)
+    torch.testing.assert_close(logits, expected_logits, **TOLERANCE)
+    torch.testing.assert_close(loss, expected_loss, **TOLERANCE)
+    for (key, mine), theirs in zip(stage.named_parameters(), peer.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, **TOLERANCE, msg=key)
+    torch.testing.assert_close(list(stage.buffers()), list(peer.buffers()), **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["layer", "plain"])
+def test_no_gradient_crosses_a_detached_stage(name: str) -> None:
+    stage = make_stage(BODIES[name]())
+    x, target = data()
+    x.requires_grad_()
+    output = stage(x, target)
+    assert not output.features.requires_grad
+    output.loss.backward()
+    assert x.grad is None
+
+
+@pytest.mark.parametrize("name", ["layer", "plain"])
+def test_gradients_of_two_stages_without_detach(name: str) -> None:
+    """Deep supervision: the first stage receives its own loss's gradient and the second one's."""
+    torch.manual_seed(0)
+    first = make_stage(BODIES[name](), detach=False)
+    second = make_stage(block(8, 8), detach=False)
+    peers = copy.deepcopy(nn.ModuleList([first, second]))
+    x, target = data()
+    x.requires_grad_()
+
+    a = first(x, target)
+    b = second(a.features, target)
+    (a.loss + b.loss).backward()
+    grad, x.grad = x.grad, None
+
+    features, loss = x, torch.zeros((), dtype=torch.float64)
+    for peer in peers:
+        features = peer.features(features)
+        loss = loss + F.cross_entropy(peer.head.to_modules()(features), target)
+    loss.backward()
+    torch.testing.assert_close(grad, x.grad, **TOLERANCE)
+    for mine, theirs in zip([*first.parameters(), *second.parameters()], peers.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, **TOLERANCE)
+
+
+def test_a_head_of_both_moments() -> None:
+    class Spread(LocalHead):
+        bins = (1, 1)
+
+        def forward(self, moments: PooledMoments, target: torch.Tensor | None = None) -> HeadOutput:
+            logits = moments.std.flatten(1)
+            return HeadOutput(logits, None if target is None else F.cross_entropy(logits, target))
+
+    fused = LocalStage(block(), Spread())
+    dense = LocalStage(nn.Sequential(*copy.deepcopy(fused.body).to_modules()), Spread())
+    x, target = data()
+    for stage in (fused, dense):
+        stage(x, target).loss.backward()
+    for mine, theirs in zip(fused.parameters(), dense.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, **TOLERANCE)
+
+
+def test_the_linear_head_asks_for_no_gradient_of_the_second_moment() -> None:
+    stage = make_stage(block())
+    x, target = data()
+    _, moments = stage.moments(x)
+    loss = stage.head(moments, target).loss
+    assert torch.autograd.grad(loss, moments.m2, allow_unused=True, retain_graph=True) == (None,)
+    assert torch.autograd.grad(loss, moments.m1)[0].shape == (6, 8, 2, 2)
+
+
+def test_evaluation_without_target_and_without_graph() -> None:
+    stage = make_stage(block()).eval()
+    x, _ = data()
+    before = {key: value.clone() for key, value in stage.state_dict().items()}
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            features, loss, logits = stage(x)
+        assert loss is None
+        assert not logits.requires_grad
+        torch.testing.assert_close(features, stage.features(x).detach(), **TOLERANCE)
+    assert all(torch.equal(before[key], value) for key, value in stage.state_dict().items())
+
+
+def test_compiles_to_a_single_graph() -> None:
+    for body in (block(), nn.Sequential(nn.MaxPool2d(2), block())):
+        stage = make_stage(body)
+        peer = copy.deepcopy(stage)
+        x, target = data()
+        torch.compiler.reset()
+        output = torch.compile(stage, fullgraph=True, backend="aot_eager")(x, target)
+        output.loss.backward()
+        expected = peer(x, target)
+        expected.loss.backward()
+        torch.testing.assert_close(output.features, expected.features, **TOLERANCE)
+        for mine, theirs in zip(stage.parameters(), peer.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, theirs.grad, **TOLERANCE)
+        torch.testing.assert_close(list(stage.buffers()), list(peer.buffers()), **TOLERANCE)
+
+
+def test_heads_stay_outside_the_backbone() -> None:
+    backbone = nn.Sequential(block(3, 8), block(8, 8))
+    keys = list(backbone.state_dict())
+    stages = [make_stage(body) for body in backbone]
+    assert list(backbone.state_dict()) == keys
+    assert [stage.body for stage in stages] == list(backbone)
+
+
+def test_a_head_built_for_another_shape() -> None:
+    x, target = data()
+    with pytest.raises(ValueError, match=r"\[64, 2, 2\].*stage gives \[8, 2, 2\]"):
+        make_stage(block(), channels=64)(x, target)
+    small = data(size=3)[0]
+    for name in ("pool, layer", "other module"):
+        with pytest.raises((ValueError, RuntimeError), match=r"cells|bins"):
+            make_stage(BODIES[name]())(small, target)
+    with pytest.raises(TypeError, match="head is Linear"):
+        LocalStage(block(), nn.Linear(8, 5))  # type: ignore[arg-type]
+
+
+def test_nan_in_the_input_propagates() -> None:
+    stage = make_stage(block())
+    x, target = data()
+    x[0, 0, 0, 0] = float("nan")
+    output = stage(x, target)
+    assert output.loss.isnan()
