@@ -1,8 +1,16 @@
-# torch's headers and libraries, asked of the interpreter.  torch's own CMake package is not used: it insists on finding
+# Python and torch's headers and library, asked of the interpreter.  torch's own CMake package is not used: it insists on
 # the CUDA toolkit, architecture lists and nvrtc, none of which the stable ABI needs.
 
 set(LAYERWISE_TORCH_MINIMUM 2.11)
 set(LAYERWISE_TORCH_TARGET 0x020b000000000000)  # the same, as TORCH_TARGET_VERSION
+
+find_package(Python COMPONENTS Interpreter Development.Module QUIET)
+if(NOT Python_Interpreter_FOUND)
+  message(FATAL_ERROR "No Python interpreter was found. Name one: -DPython_EXECUTABLE=/path/to/python3")
+elseif(NOT Python_Development.Module_FOUND)
+  message(FATAL_ERROR "Python's C headers were not found for ${Python_EXECUTABLE}. Install them (Debian and Ubuntu: "
+                      "apt install python3-dev; Fedora: dnf install python3-devel) and build again.")
+endif()
 
 # find_spec does not import torch, which takes seconds.
 execute_process(
@@ -11,8 +19,9 @@ execute_process(
   OUTPUT_VARIABLE torch_dir OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
 if(torch_dir STREQUAL "")
   message(FATAL_ERROR
-    "torch is not installed for ${Python_EXECUTABLE}. layerwise_ext is built against the torch that will run it: install "
-    "torch >= ${LAYERWISE_TORCH_MINIMUM} first, then build without isolation: pip install --no-build-isolation .")
+    "torch was not found by ${Python_EXECUTABLE}: either it is not installed there, or pip is building in isolation from "
+    "it. layerwise_ext is built against the torch that will run it. Install torch >= ${LAYERWISE_TORCH_MINIMUM}, then "
+    "build without isolation: pip install --no-build-isolation .")
 endif()
 execute_process(
   COMMAND ${Python_EXECUTABLE} -c "import runpy, sys; print(runpy.run_path(sys.argv[1])['__version__'])"
@@ -25,9 +34,8 @@ if(torch_release VERSION_LESS LAYERWISE_TORCH_MINIMUM)
 endif()
 
 set(TORCH_INCLUDE_DIR ${torch_dir}/include)
-set(TORCH_LIBRARIES ${torch_dir}/lib/libtorch_cpu${CMAKE_SHARED_LIBRARY_SUFFIX}
-                    ${torch_dir}/lib/libc10${CMAKE_SHARED_LIBRARY_SUFFIX})
-foreach(path IN LISTS TORCH_INCLUDE_DIR TORCH_LIBRARIES)
+set(TORCH_LIBRARY ${torch_dir}/lib/libtorch_cpu${CMAKE_SHARED_LIBRARY_SUFFIX})
+foreach(path IN LISTS TORCH_INCLUDE_DIR TORCH_LIBRARY)
   if(NOT EXISTS ${path})
     message(FATAL_ERROR "${path} is missing: the torch installation in ${torch_dir} is incomplete. Install it again.")
   endif()

@@ -10,12 +10,14 @@ namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
   using namespace layerwise;
+  cpu::capability();  // chooses now, so that a wrong LAYERWISE_CPU_CAPABILITY fails the import
   m.def("build_info", [] {
     py::dict info;
     info["version"] = kVersion;
     info["torch at build"] = kTorchVersion;
     info["torch needed"] = std::string(">= ") + kTorchMinimum;
     info["compiler"] = kCompiler;
+    info["build type"] = kBuildType;
     info["flags"] = kFlags;
     info["CPU kernels"] = kCapabilities;
     info["CUDA kernels"] = kCuda;

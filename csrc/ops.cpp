@@ -15,11 +15,18 @@
 namespace layerwise {
 namespace {
 
-// A batch whose pre-activation is larger than the second number is convolved in pieces of about the first.  Larger
-// blocks never come from the C library's heap (its M_MMAP_THRESHOLD grows no further) but freshly mapped each time, and
-// their page faults then cost a good part of the convolution itself.
-constexpr int64_t kConvolutionPieceBytes = 16 << 20;
-constexpr int64_t kConvolutionWholeBytes = 32 << 20;
+// A large batch is convolved in pieces, each copied into z's pooled memory while its statistics are taken.  The library
+// allocates a convolution's output itself, from memory that the C library tends to have returned to the system: the page
+// faults of a whole map cost a good part of the convolution, those of one piece do not, for the next ones reuse it.
+constexpr int64_t kPieceBytes = 400 << 20;
+// A piece is at least so many times larger than the weights, which each call reorders.
+constexpr int64_t kPieceWeights = 8;
+
+int64_t convolution_pieces(const Shape& z, const Tensor& weight, int64_t element_size) {
+  const int64_t piece = std::max(kPieceBytes, kPieceWeights * weight.numel() * element_size);
+  const int64_t pieces = (z.n * z.c * z.h * z.w * element_size + piece / 2) / piece;
+  return std::clamp<int64_t>(pieces, 1, z.n);
+}
 
 void parallel_for(int64_t tasks, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
   torch::stable::parallel_for(0, tasks, grain, body);
@@ -265,10 +272,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_m
   const Tensor w = conv_weight.scalar_type() == input.scalar_type()
                        ? conv_weight
                        : torch::stable::to(conv_weight, input.scalar_type());
-  const int64_t bytes = s.n * s.c * s.h * s.w * input.element_size();
-  const int64_t pieces = bytes <= kConvolutionWholeBytes
-                             ? 1
-                             : std::min<int64_t>(s.n, (bytes + kConvolutionPieceBytes - 1) / kConvolutionPieceBytes);
+  const int64_t pieces = convolution_pieces(s, w, input.element_size());
   Statistics statistics;
   OptionalTensor z;
   if (mean.has_value()) statistics = {read_values(*mean), read_values(*var)};
@@ -393,13 +397,12 @@ struct GradientInputs {
         normalization(z, read_values(mean), read_values(var), weight, bias, eps,
                       check_activation(activation, negative_slope)) {
     const int64_t channels = z.size(1);
-    Values scale(channels), mean_dbeta(channels), mean_dgamma(channels);
+    Values mean_dbeta(channels), mean_dgamma(channels);
     const Values total_dbeta = read_values(dbeta), total_dgamma = read_values(dgamma);
-    for (int64_t c = 0; c < channels; ++c) {
-      scale[c] = normalization.gamma[c] * normalization.rstd[c];
-      if (count == 0) continue;  // fixed statistics
-      mean_dbeta[c] = scale[c] * total_dbeta[c] / count;
-      mean_dgamma[c] = scale[c] * total_dgamma[c] / count;
+    for (int64_t c = 0; c < channels && count > 0; ++c) {  // none with fixed statistics
+      const double scale = normalization.gamma[c] * normalization.rstd[c] / count;
+      mean_dbeta[c] = scale * total_dbeta[c];
+      mean_dgamma[c] = scale * total_dgamma[c];
     }
     const Ints cells = cells_or_rows(bins, shape_of(z));
     params.map = map_of(z, layout);
@@ -412,7 +415,6 @@ struct GradientInputs {
     params.p = data_or_null(grad_m1);
     params.q = data_or_null(grad_m2);
     params.channels = normalization.channels();
-    params.scale = normalization.arrays.add(scale);
     params.scaled_mean_dbeta = normalization.arrays.add(mean_dbeta);
     params.scaled_mean_dgamma = normalization.arrays.add(mean_dgamma);
     params.activation = normalization.activation;

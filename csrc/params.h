@@ -103,8 +103,7 @@ struct InputGradientParams {
   const void* p;          // or null
   const void* q;          // or null
   Channels channels;
-  const void* scale;               // [C] of A: gamma*rstd
-  const void* scaled_mean_dbeta;   // [C] of A: scale*dbeta/M, zero with fixed statistics
+  const void* scaled_mean_dbeta;   // [C] of A: gamma*rstd * dbeta/M, zero with fixed statistics
   const void* scaled_mean_dgamma;  // [C] of A
   Activation activation;
 };

@@ -6,36 +6,44 @@
 namespace layerwise::cpu::LAYERWISE_ISA {
 namespace {
 
-template <class A>
+// With the centred t = z - mean, dz = s * (scale*p + scale*2q * y) - (scale*dbeta/M + rstd*scale*dgamma/M * t).
+template <class A, int kVectors>
 struct GradientCoefficients {
-  Coefficients<A> forward;
-  Vec<A> scale, mean_dbeta, mean_dgamma;
+  Coefficients<A, kVectors> forward;
+  Vec<A> mean_dbeta[kVectors], mean_dgamma[kVectors];  // premultiplied as above
 
-  template <class Access>
-  ALWAYS_INLINE GradientCoefficients(const InputGradientParams& p, int64_t c, const Access& access)
-      : forward(p.channels, c, access),
-        scale(access.get(static_cast<const A*>(p.scale) + c)),
-        mean_dbeta(access.get(static_cast<const A*>(p.scaled_mean_dbeta) + c)),
-        mean_dgamma(access.get(static_cast<const A*>(p.scaled_mean_dgamma) + c)) {}
+  template <class Group>
+  ALWAYS_INLINE GradientCoefficients(const InputGradientParams& p, int64_t c, const Group& group)
+      : forward(p.channels, c, group) {
+    group.get(static_cast<const A*>(p.scaled_mean_dbeta) + c, mean_dbeta);
+    group.get(static_cast<const A*>(p.scaled_mean_dgamma) + c, mean_dgamma);
+    for (int v = 0; v < kVectors; ++v) mean_dgamma[v] *= forward.rstd[v];
+  }
 
-  template <bool kReLU>
-  ALWAYS_INLINE Vec<A> dz(Vec<A> z, Vec<A> negative_slope, Vec<A> p, Vec<A> two_q) const {
-    const Vec<A> xhat = forward.xhat(z);
-    const Activated<Vec<A>> a = activate<kReLU>(forward.u(xhat), negative_slope);
-    return input_gradient(affine_gradient(a, p, two_q), xhat, scale, mean_dbeta, mean_dgamma);
+  // scaled_p and scaled_two_q are p and 2q times gamma*rstd.
+  template <bool kReLU, bool kQ>
+  ALWAYS_INLINE Vec<A> dz(int v, Vec<A> z, Vec<A> negative_slope, Vec<A> scaled_p, Vec<A> scaled_two_q) const {
+    const Vec<A> t = z - forward.mean[v];
+    const Activated<Vec<A>> a = activate<kReLU>(forward.u(v, t), negative_slope);
+    const Vec<A> scaled_du = kQ ? affine_gradient(a, scaled_p, scaled_two_q) : a.slope * scaled_p;
+    return scaled_du - (mean_dgamma[v] * t + mean_dbeta[v]);
   }
 };
 
-// p or 2*q of a segment: the sum over the cells that cover it, of which `offset(i, j)` is the place.
-template <class A, class Access, class Offset>
-LAYERWISE_INLINE Vec<A> covering_cells(const void* gradient, const Segment& rows, const Segment& columns,
-                                    const Access& access, const Offset& offset) {
-  Vec<A> sum{};
-  if (gradient == nullptr) return sum;
-  for (int64_t i = rows.first_cell; i <= rows.last_cell; ++i)
-    for (int64_t j = columns.first_cell; j <= columns.last_cell; ++j)
-      sum += access.get(static_cast<const A*>(gradient) + offset(i, j));
-  return sum;
+// p or q of a segment, times gamma*rstd: the sum over the cells that cover it, of which `offset(i, j)` is the place.
+template <class A, int kVectors, class Group, class Offset>
+LAYERWISE_INLINE void scaled_cells(const void* gradient, const Segment& rows, const Segment& columns, const Group& group,
+                                   const Coefficients<A, kVectors>& k, const Offset& offset, Vec<A> (&sum)[kVectors]) {
+  for (int v = 0; v < kVectors; ++v) sum[v] = Vec<A>{};
+  if (gradient == nullptr) return;
+  for (int64_t i = rows.first_cell; i <= rows.last_cell; ++i) {
+    for (int64_t j = columns.first_cell; j <= columns.last_cell; ++j) {
+      Vec<A> cell[kVectors];
+      group.get(static_cast<const A*>(gradient) + offset(i, j), cell);
+      for (int v = 0; v < kVectors; ++v) sum[v] += cell[v];
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) sum[v] *= k.scale[v];
 }
 
 // dz of the rows of one segment and the channels [c_begin, c_end), written to `target`, whose first element is that of
@@ -47,19 +55,29 @@ void input_gradient_rows(const InputGradientParams& p, int64_t n, const Segment&
   const Vec<A> negative_slope = broadcast(A(p.activation.negative_slope));
   for (int64_t s = 0; s < segment_count(p.bins_w); ++s) {
     const Segment columns = segment(s, shape.w, p.bins_w);
-    for_each_vector<A>(c_end - c_begin, [&](int64_t i, auto access) ALWAYS_INLINE {
-      const int64_t c = c_begin + i;
-      const GradientCoefficients<A> k(p, c, access);
+    if (columns.begin >= columns.end) continue;
+    for_each_group<T, A>(c_end - c_begin, [&](int64_t channel, auto group) ALWAYS_INLINE {
+      constexpr int kVectors = group.kVectors;
+      const int64_t c = c_begin + channel;
+      const GradientCoefficients<A, kVectors> k(p, c, group);
       const auto offset = [&](int64_t i, int64_t j) { return ((n * p.bins_h + i) * p.bins_w + j) * shape.c + c; };
-      const Vec<A> cell_p = covering_cells<A>(p.p, rows, columns, access, offset);
-      const Vec<A> two_q = kQ ? 2 * covering_cells<A>(p.q, rows, columns, access, offset) : Vec<A>{};
+      Vec<A> cell_p[kVectors], two_q[kVectors];
+      scaled_cells(p.p, rows, columns, group, k.forward, offset, cell_p);
+      scaled_cells(kQ ? p.q : nullptr, rows, columns, group, k.forward, offset, two_q);
+      for (int v = 0; v < kVectors; ++v) two_q[v] += two_q[v];
       for (int64_t h = rows.begin; h < rows.end; ++h) {
         const T* z = at<T>(p.z, p.z_strides, n, c, h, columns.begin);
-        T* dz = target + (h - rows.begin) * target_row + columns.begin * target_pixel + i;
+        T* dz = target + (h - rows.begin) * target_row + columns.begin * target_pixel + channel;
         const T* g = kDense ? at<T>(p.grad_y, p.grad_y_strides, n, c, h, columns.begin) : nullptr;
         for (int64_t w = columns.begin; w < columns.end; ++w) {
-          const Vec<A> dense_p = kDense ? cell_p + access.get(g) : cell_p;
-          access.put(dz, k.template dz<kReLU>(access.get(z), negative_slope, dense_p, two_q));
+          Vec<A> value[kVectors], gradient[kVectors];
+          group.get(z, value);
+          if constexpr (kDense) group.get(g, gradient);
+          for (int v = 0; v < kVectors; ++v) {
+            const Vec<A> scaled_p = kDense ? cell_p[v] + k.forward.scale[v] * gradient[v] : cell_p[v];
+            value[v] = k.template dz<kReLU, kQ>(v, value[v], negative_slope, scaled_p, two_q[v]);
+          }
+          group.put(dz, value);
           z += p.z_strides.w;
           dz += target_pixel;
           if constexpr (kDense) g += p.grad_y_strides.w;
@@ -85,23 +103,30 @@ template <class T, class A, bool kReLU, bool kQ, bool kDense>
 void input_gradient_contiguous(const InputGradientParams& p, int64_t begin, int64_t end) {
   const Shape& shape = p.map.shape;
   const Vec<A> negative_slope = broadcast(A(p.activation.negative_slope));
-  for (int64_t t = begin; t < end; ++t) {
-    const int64_t n = t / shape.c, c = t % shape.c;
-    const GradientCoefficients<A> k(p, c, Broadcast<A>{});
-    const auto offset = [&](int64_t i, int64_t j) { return (t * p.bins_h + i) * p.bins_w + j; };
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t n = task / shape.c, c = task % shape.c;
+    const Broadcast<A> one;
+    const GradientCoefficients<A, 1> k(p, c, one);
+    const auto offset = [&](int64_t i, int64_t j) { return (task * p.bins_h + i) * p.bins_w + j; };
     for (int64_t r = 0; r < segment_count(p.bins_h); ++r) {
       const Segment rows = segment(r, shape.h, p.bins_h);
       for (int64_t s = 0; s < segment_count(p.bins_w); ++s) {
         const Segment columns = segment(s, shape.w, p.bins_w);
-        const Vec<A> cell_p = covering_cells<A>(p.p, rows, columns, Broadcast<A>{}, offset);
-        const Vec<A> two_q = kQ ? 2 * covering_cells<A>(p.q, rows, columns, Broadcast<A>{}, offset) : Vec<A>{};
+        Vec<A> cell_p[1], two_q[1];
+        scaled_cells(p.p, rows, columns, one, k.forward, offset, cell_p);
+        scaled_cells(kQ ? p.q : nullptr, rows, columns, one, k.forward, offset, two_q);
+        two_q[0] += two_q[0];
         for (int64_t h = rows.begin; h < rows.end; ++h) {
           const T* z = at<T>(p.z, p.z_strides, n, c, h, columns.begin);
           T* dz = at<T>(p.dz, p.dz_strides, n, c, h, columns.begin);
           const T* g = kDense ? at<T>(p.grad_y, p.grad_y_strides, n, c, h, columns.begin) : nullptr;
-          for_each_vector<A>(columns.end - columns.begin, [&](int64_t w, auto access) ALWAYS_INLINE {
-            const Vec<A> dense_p = kDense ? cell_p + access.get(g + w) : cell_p;
-            access.put(dz + w, k.template dz<kReLU>(access.get(z + w), negative_slope, dense_p, two_q));
+          for_each_vector<A>(columns.end - columns.begin, [&](int64_t w, auto group) ALWAYS_INLINE {
+            Vec<A> value[1], gradient[1];
+            group.get(z + w, value);
+            if constexpr (kDense) group.get(g + w, gradient);
+            const Vec<A> scaled_p = kDense ? cell_p[0] + k.forward.scale[0] * gradient[0] : cell_p[0];
+            value[0] = k.template dz<kReLU, kQ>(0, value[0], negative_slope, scaled_p, two_q[0]);
+            group.put(dz + w, value);
           });
         }
       }

@@ -19,20 +19,23 @@ T* at(void* base, const Strides& s, int64_t n, int64_t c, int64_t h, int64_t w) 
   return static_cast<T*>(base) + n * s.n + c * s.c + h * s.h + w * s.w;
 }
 
-// The coefficients of one channel (contiguous: broadcast) or of a vector of channels (channels_last).
-template <class A>
+// The coefficients of a group of channels (channels_last) or of one channel, broadcast (contiguous).  With the centred
+// t = z - mean, u = gamma*rstd * t + beta; a mean much larger than the deviation does not cancel.  Sums over xhat are
+// taken over t and scaled by rstd at their end.
+template <class A, int kVectors>
 struct Coefficients {
-  Vec<A> mean, rstd, gamma, beta;
+  Vec<A> mean[kVectors], rstd[kVectors], scale[kVectors], beta[kVectors];
 
-  template <class Access>
-  ALWAYS_INLINE Coefficients(const Channels& p, int64_t c, const Access& access)
-      : mean(access.get(static_cast<const A*>(p.mean) + c)),
-        rstd(access.get(static_cast<const A*>(p.rstd) + c)),
-        gamma(access.get(static_cast<const A*>(p.gamma) + c)),
-        beta(access.get(static_cast<const A*>(p.beta) + c)) {}
+  template <class Group>
+  ALWAYS_INLINE Coefficients(const Channels& p, int64_t c, const Group& group) {
+    group.get(static_cast<const A*>(p.mean) + c, mean);
+    group.get(static_cast<const A*>(p.rstd) + c, rstd);
+    group.get(static_cast<const A*>(p.gamma) + c, scale);
+    group.get(static_cast<const A*>(p.beta) + c, beta);
+    for (int v = 0; v < kVectors; ++v) scale[v] *= rstd[v];
+  }
 
-  ALWAYS_INLINE Vec<A> xhat(Vec<A> z) const { return normalize(z, mean, rstd); }
-  ALWAYS_INLINE Vec<A> u(Vec<A> x) const { return gamma * x + beta; }
+  ALWAYS_INLINE Vec<A> u(int v, Vec<A> t) const { return scale[v] * t + beta[v]; }
 };
 
 template <class Body>

@@ -19,7 +19,7 @@ namespace {
 // larger than the deviation does not cancel; the sum of deviations repairs the rounding of the mean itself.
 template <class A>
 struct Deviations {
-  Vec<A> center, first{}, second{};
+  Vec<A> center{}, first{}, second{};
 
   ALWAYS_INLINE void add(Vec<A> d) {
     first += d;
@@ -44,18 +44,29 @@ void statistics_channels_last(const StatisticsParams& p, int64_t begin, int64_t 
     A* mean = static_cast<A*>(p.block_mean) + t * shape.c;
     A* m2 = static_cast<A*>(p.block_m2) + t * shape.c;
     const Vec<A> inverse_count = broadcast(A(1) / A(block.length));
-    for_each_vector<A>(shape.c, [&](int64_t c, auto access) ALWAYS_INLINE {
-      Vec<A> sum{}, other_sum{};
-      int64_t i = 0;
-      for (; i + 2 <= block.length; i += 2) {
-        sum += access.get(z + i * pitch + c);
-        other_sum += access.get(z + (i + 1) * pitch + c);
+    for_each_group<T, A>(shape.c, [&](int64_t c, auto group) ALWAYS_INLINE {
+      constexpr int kVectors = group.kVectors;
+      Vec<A> value[kVectors], sum[kVectors] = {};
+      const T* pixel = z + c;
+      for (int64_t i = 0; i < block.length; ++i, pixel += pitch) {
+        group.get(pixel, value);
+        for (int v = 0; v < kVectors; ++v) sum[v] += value[v];
       }
-      if (i < block.length) sum += access.get(z + i * pitch + c);
-      Deviations<A> d{(sum + other_sum) * inverse_count};
-      for (i = 0; i < block.length; ++i) d.add(access.get(z + i * pitch + c) - d.center);
-      access.put(mean + c, d.center + d.first * inverse_count);
-      access.put(m2 + c, d.second - d.first * d.first * inverse_count);
+      Deviations<A> d[kVectors];
+      for (int v = 0; v < kVectors; ++v) d[v].center = sum[v] * inverse_count;
+      pixel = z + c;
+      for (int64_t i = 0; i < block.length; ++i, pixel += pitch) {
+        group.get(pixel, value);
+        for (int v = 0; v < kVectors; ++v) d[v].add(value[v] - d[v].center);
+      }
+      for (int v = 0; v < kVectors; ++v) {
+        d[v].second -= d[v].first * d[v].first * inverse_count;
+        d[v].center += d[v].first * inverse_count;
+        sum[v] = d[v].center;
+        value[v] = d[v].second;
+      }
+      group.put(mean + c, sum);
+      group.put(m2 + c, value);
     });
   }
 }
@@ -75,13 +86,19 @@ void statistics_contiguous(const StatisticsParams& p, int64_t begin, int64_t end
     for (int64_t h = 0; h < rows; ++h) {
       const T* z = row(h);
       if (p.z_copy != nullptr) __builtin_memcpy(at<T>(p.z_copy, p.z_copy_strides, n, c, h, 0), z, length * sizeof(T));
-      for_each_vector<A>(length, [&](int64_t w, auto access) ALWAYS_INLINE { sum += access.get(z + w); });
+      for_each_vector<A>(length, [&](int64_t w, auto group) ALWAYS_INLINE {
+        Vec<A> value[1];
+        group.get(z + w, value);
+        sum += value[0];
+      });
     }
     Deviations<A> d{broadcast(horizontal_sum<A>(sum) * inverse_count)};
     for (int64_t h = 0; h < rows; ++h) {
       const T* z = row(h);
-      for_each_vector<A>(length, [&](int64_t w, auto access) ALWAYS_INLINE {
-        d.add(access.keep(access.get(z + w) - d.center));
+      for_each_vector<A>(length, [&](int64_t w, auto group) ALWAYS_INLINE {
+        Vec<A> value[1];
+        group.get(z + w, value);
+        d.add(group.keep(value[0] - d.center));
       });
     }
     const A first = horizontal_sum<A>(d.first);
@@ -92,35 +109,40 @@ void statistics_contiguous(const StatisticsParams& p, int64_t begin, int64_t end
 
 // -- Apply ------------------------------------------------------------------------------------------------------
 
-// The sums over one cell (header of params.h); with ReLU s*y = y, so B0 is m1.
-template <class A, bool kReLU>
+// The sums over one cell (params.h), of a group of channels; with ReLU s*y = y, so B0 is m1.
+template <class A, bool kReLU, int kVectors>
 struct CellSums {
-  Vec<A> m1{}, m2{}, a0{}, a1{}, b0{}, b1{};
+  Vec<A> m1[kVectors] = {}, m2[kVectors] = {}, a0[kVectors] = {}, a1[kVectors] = {}, b0[kVectors] = {}, b1[kVectors] = {};
 
-  ALWAYS_INLINE void add(Activated<Vec<A>> a, Vec<A> xhat) {
-    m1 += a.y;
-    m2 += a.y * a.y;
-    a0 += a.slope;
-    a1 += a.slope * xhat;
+  ALWAYS_INLINE void add(int v, Activated<Vec<A>> a, Vec<A> t) {
+    m1[v] += a.y;
+    m2[v] += a.y * a.y;
+    a0[v] += a.slope;
+    a1[v] += a.slope * t;
     if constexpr (kReLU) {
-      b1 += a.y * xhat;
+      b1[v] += a.y * t;
     } else {
       const Vec<A> slope_y = a.slope * a.y;
-      b0 += slope_y;
-      b1 += slope_y * xhat;
+      b0[v] += slope_y;
+      b1[v] += slope_y * t;
     }
   }
 
-  // Calls put(target, value) for each sum at `offset` of its array.
+  // Calls put(target, vectors) for each sum at `offset` of its array.
   template <class Put>
-  ALWAYS_INLINE void write(const ApplyParams& p, int64_t offset, const Put& put) const {
+  ALWAYS_INLINE void write(const ApplyParams& p, int64_t offset, const Vec<A> (&rstd)[kVectors], const Put& put) {
     const int64_t plane = p.map.shape.n * p.map.shape.c * p.bins_h * p.bins_w;
     A* sums = static_cast<A*>(p.sums) + offset;
+    for (int v = 0; v < kVectors; ++v) {  // t * rstd = xhat
+      a1[v] *= rstd[v];
+      b1[v] *= rstd[v];
+      if constexpr (kReLU) b0[v] = m1[v];
+    }
     put(static_cast<A*>(p.m1) + offset, m1);
     put(static_cast<A*>(p.m2) + offset, m2);
     put(sums, a0);
     put(sums + plane, a1);
-    put(sums + 2 * plane, kReLU ? m1 : b0);
+    put(sums + 2 * plane, b0);
     put(sums + 3 * plane, b1);
   }
 };
@@ -129,29 +151,41 @@ template <class T, class A, bool kReLU, bool kMoments>
 void apply_channels_last(const ApplyParams& p, int64_t begin, int64_t end) {
   const Shape& shape = p.map.shape;
   const Vec<A> negative_slope = broadcast(A(p.activation.negative_slope));
-  for (int64_t t = begin; t < end; ++t) {
-    const int64_t n = t / p.bins_h, i = t % p.bins_h;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t n = task / p.bins_h, i = task % p.bins_h;
     const int64_t h_begin = cell_begin(i, shape.h, p.bins_h), h_end = cell_end(i, shape.h, p.bins_h);
     const int64_t h_own = cell_own_begin(i, shape.h, p.bins_h);  // earlier rows are written by the task before
     for (int64_t j = 0; j < p.bins_w; ++j) {
       const int64_t w_begin = cell_begin(j, shape.w, p.bins_w), w_end = cell_end(j, shape.w, p.bins_w);
-      for_each_vector<A>(shape.c, [&](int64_t c, auto access) ALWAYS_INLINE {
-        const Coefficients<A> k(p.channels, c, access);
-        CellSums<A, kReLU> sums;
-        for (int64_t h = h_begin; h < h_end; ++h) {
+      for_each_group<T, A>(shape.c, [&](int64_t c, auto group) ALWAYS_INLINE {
+        constexpr int kVectors = group.kVectors;
+        const Coefficients<A, kVectors> k(p.channels, c, group);
+        CellSums<A, kReLU, kVectors> sums;
+        const auto row = [&](int64_t h, auto write) ALWAYS_INLINE {
           const T* z = at<T>(p.z, p.z_strides, n, c, h, w_begin);
           T* y = at<T>(p.y, p.y_strides, n, c, h, w_begin);
-          const bool own = h >= h_own;
           for (int64_t w = w_begin; w < w_end; ++w, z += p.z_strides.w, y += p.y_strides.w) {
-            const Vec<A> xhat = k.xhat(access.get(z));
-            const Activated<Vec<A>> a = activate<kReLU>(k.u(xhat), negative_slope);
-            if (own) access.put(y, a.y);
-            if constexpr (kMoments) sums.add(a, xhat);
+            Vec<A> value[kVectors];
+            group.get(z, value);
+            for (int v = 0; v < kVectors; ++v) {
+              const Vec<A> t = value[v] - k.mean[v];
+              const Activated<Vec<A>> a = activate<kReLU>(k.u(v, t), negative_slope);
+              value[v] = a.y;
+              if constexpr (kMoments) sums.add(v, a, t);
+            }
+            if constexpr (write.value) group.put(y, value);
           }
-        }
+        };
+        int64_t h = h_begin;
         if constexpr (kMoments) {
-          sums.write(p, ((n * p.bins_h + i) * p.bins_w + j) * shape.c + c,
-                     [&](A* target, Vec<A> v) ALWAYS_INLINE { access.put(target, v); });
+          for (; h < h_own; ++h) row(h, No{});
+        } else {
+          h = h_own;
+        }
+        for (; h < h_end; ++h) row(h, Yes{});
+        if constexpr (kMoments) {
+          sums.write(p, ((n * p.bins_h + i) * p.bins_w + j) * shape.c + c, k.rstd,
+                     [&](A* target, const auto& vectors) ALWAYS_INLINE { group.put(target, vectors); });
         }
       });
     }
@@ -162,26 +196,29 @@ template <class T, class A, bool kReLU, bool kMoments>
 void apply_contiguous(const ApplyParams& p, int64_t begin, int64_t end) {
   const Shape& shape = p.map.shape;
   const Vec<A> negative_slope = broadcast(A(p.activation.negative_slope));
-  for (int64_t t = begin; t < end; ++t) {
-    const int64_t n = t / shape.c, c = t % shape.c;
-    const Coefficients<A> k(p.channels, c, Broadcast<A>{});
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t n = task / shape.c, c = task % shape.c;
+    const Coefficients<A, 1> k(p.channels, c, Broadcast<A>{});
     for (int64_t i = 0; i < p.bins_h; ++i) {
       for (int64_t j = 0; j < p.bins_w; ++j) {
         const int64_t w_begin = cell_begin(j, shape.w, p.bins_w), w_end = cell_end(j, shape.w, p.bins_w);
-        CellSums<A, kReLU> sums;
+        CellSums<A, kReLU, 1> sums;
         for (int64_t h = cell_begin(i, shape.h, p.bins_h); h < cell_end(i, shape.h, p.bins_h); ++h) {
           const T* z = at<T>(p.z, p.z_strides, n, c, h, w_begin);
           T* y = at<T>(p.y, p.y_strides, n, c, h, w_begin);
-          for_each_vector<A>(w_end - w_begin, [&](int64_t w, auto access) ALWAYS_INLINE {
-            const Vec<A> xhat = k.xhat(access.get(z + w));
-            const Activated<Vec<A>> a = activate<kReLU>(k.u(xhat), negative_slope);
-            access.put(y + w, a.y);
-            if constexpr (kMoments) sums.add({access.keep(a.y), access.keep(a.slope)}, access.keep(xhat));
+          for_each_vector<A>(w_end - w_begin, [&](int64_t w, auto group) ALWAYS_INLINE {
+            Vec<A> value[1];
+            group.get(z + w, value);
+            const Vec<A> t = value[0] - k.mean[0];
+            const Activated<Vec<A>> a = activate<kReLU>(k.u(0, t), negative_slope);
+            value[0] = a.y;
+            group.put(y + w, value);
+            if constexpr (kMoments) sums.add(0, {group.keep(a.y), group.keep(a.slope)}, group.keep(t));
           });
         }
         if constexpr (kMoments) {
-          sums.write(p, (t * p.bins_h + i) * p.bins_w + j,
-                     [](A* target, Vec<A> v) ALWAYS_INLINE { *target = horizontal_sum<A>(v); });
+          sums.write(p, (task * p.bins_h + i) * p.bins_w + j, k.rstd,
+                     [](A* target, const auto& vectors) ALWAYS_INLINE { *target = horizontal_sum<A>(vectors[0]); });
         }
       }
     }
@@ -190,34 +227,32 @@ void apply_contiguous(const ApplyParams& p, int64_t begin, int64_t end) {
 
 // -- Backward: sums -----------------------------------------------------------------------------------------------
 
-template <class A>
-struct DenseSums {
-  Vec<A> dbeta{}, dgamma{};
-
-  ALWAYS_INLINE void add(Vec<A> du, Vec<A> xhat) {
-    dbeta += du;
-    dgamma += du * xhat;
-  }
-};
-
 template <class T, class A, bool kReLU>
 void dense_sums_channels_last(const DenseSumsParams& p, int64_t begin, int64_t end) {
   const Shape& shape = p.map.shape;
   const Blocks blocks = make_blocks(p.map, p.z_strides, p.grad_y_strides);
   const Vec<A> negative_slope = broadcast(A(p.activation.negative_slope));
-  for (int64_t t = begin; t < end; ++t) {
-    const Block block = block_at(blocks, t);
-    for_each_vector<A>(shape.c, [&](int64_t c, auto access) ALWAYS_INLINE {
-      const Coefficients<A> k(p.channels, c, access);
+  for (int64_t task = begin; task < end; ++task) {
+    const Block block = block_at(blocks, task);
+    for_each_group<T, A>(shape.c, [&](int64_t c, auto group) ALWAYS_INLINE {
+      constexpr int kVectors = group.kVectors;
+      const Coefficients<A, kVectors> k(p.channels, c, group);
       const T* z = at<T>(p.z, p.z_strides, block.n, c, block.h, block.w);
       const T* g = at<T>(p.grad_y, p.grad_y_strides, block.n, c, block.h, block.w);
-      DenseSums<A> sums;
+      Vec<A> value[kVectors], gradient[kVectors], dbeta[kVectors] = {}, dgamma[kVectors] = {};
       for (int64_t i = 0; i < block.length; ++i, z += p.z_strides.w, g += p.grad_y_strides.w) {
-        const Vec<A> xhat = k.xhat(access.get(z));
-        sums.add(activate<kReLU>(k.u(xhat), negative_slope).slope * access.get(g), xhat);
+        group.get(z, value);
+        group.get(g, gradient);
+        for (int v = 0; v < kVectors; ++v) {
+          const Vec<A> t = value[v] - k.mean[v];
+          const Vec<A> du = activate<kReLU>(k.u(v, t), negative_slope).slope * gradient[v];
+          dbeta[v] += du;
+          dgamma[v] += du * t;
+        }
       }
-      access.put(static_cast<A*>(p.block_dbeta) + t * shape.c + c, sums.dbeta);
-      access.put(static_cast<A*>(p.block_dgamma) + t * shape.c + c, sums.dgamma);
+      for (int v = 0; v < kVectors; ++v) dgamma[v] *= k.rstd[v];
+      group.put(static_cast<A*>(p.block_dbeta) + task * shape.c + c, dbeta);
+      group.put(static_cast<A*>(p.block_dgamma) + task * shape.c + c, dgamma);
     });
   }
 }
@@ -226,20 +261,25 @@ template <class T, class A, bool kReLU>
 void dense_sums_contiguous(const DenseSumsParams& p, int64_t begin, int64_t end) {
   const Shape& shape = p.map.shape;
   const Vec<A> negative_slope = broadcast(A(p.activation.negative_slope));
-  for (int64_t t = begin; t < end; ++t) {
-    const int64_t n = t / shape.c, c = t % shape.c;
-    const Coefficients<A> k(p.channels, c, Broadcast<A>{});
-    DenseSums<A> sums;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t n = task / shape.c, c = task % shape.c;
+    const Coefficients<A, 1> k(p.channels, c, Broadcast<A>{});
+    Vec<A> dbeta{}, dgamma{};
     for (int64_t h = 0; h < shape.h; ++h) {
       const T* z = at<T>(p.z, p.z_strides, n, c, h, 0);
       const T* g = at<T>(p.grad_y, p.grad_y_strides, n, c, h, 0);
-      for_each_vector<A>(shape.w, [&](int64_t w, auto access) ALWAYS_INLINE {
-        const Vec<A> xhat = k.xhat(access.get(z + w));  // lanes beyond the tail have g = 0
-        sums.add(activate<kReLU>(k.u(xhat), negative_slope).slope * access.get(g + w), xhat);
+      for_each_vector<A>(shape.w, [&](int64_t w, auto group) ALWAYS_INLINE {
+        Vec<A> value[1], gradient[1];
+        group.get(z + w, value);
+        group.get(g + w, gradient);
+        const Vec<A> t = value[0] - k.mean[0];  // in the lanes beyond the tail the gradient is 0
+        const Vec<A> du = activate<kReLU>(k.u(0, t), negative_slope).slope * gradient[0];
+        dbeta += du;
+        dgamma += du * t;
       });
     }
-    static_cast<A*>(p.block_dbeta)[t] = horizontal_sum<A>(sums.dbeta);
-    static_cast<A*>(p.block_dgamma)[t] = horizontal_sum<A>(sums.dgamma);
+    static_cast<A*>(p.block_dbeta)[task] = horizontal_sum<A>(dbeta);
+    static_cast<A*>(p.block_dgamma)[task] = horizontal_sum<A>(dgamma) * k.rstd[0][0];
   }
 }
 

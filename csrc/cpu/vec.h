@@ -139,30 +139,39 @@ LAYERWISE_INLINE void store(BFloat16* target, Vec<float> v, int count) {
 }
 #endif
 
-// Access to a whole vector, or to the tail of a row, behind one name.
+// -- Groups: how a kernel steps along contiguous elements ------------------------------------------------------------
+//
+// A group reads and writes kVectors vectors of elements or of the compute type at once: a pair of vectors where there
+// are registers for it, one vector, or the tail of a row.
+
 struct Whole {
-  template <class T>
-  __attribute__((always_inline)) auto get(const T* source) const {
-    return load(source);
+  static constexpr int kVectors = 1;
+
+  template <class T, class V>
+  __attribute__((always_inline)) void get(const T* source, V (&v)[1]) const {
+    v[0] = load(source);
   }
   template <class T, class V>
-  __attribute__((always_inline)) void put(T* target, V v) const {
-    store(target, v);
+  __attribute__((always_inline)) void put(T* target, const V (&v)[1]) const {
+    store(target, v[0]);
   }
   template <class V>
   __attribute__((always_inline)) V keep(V v) const {
     return v;
   }
 };
+
 struct Tail {
+  static constexpr int kVectors = 1;
   int count;
-  template <class T>
-  __attribute__((always_inline)) auto get(const T* source) const {
-    return load(source, count);
+
+  template <class T, class V>
+  __attribute__((always_inline)) void get(const T* source, V (&v)[1]) const {
+    v[0] = load(source, count);
   }
   template <class T, class V>
-  __attribute__((always_inline)) void put(T* target, V v) const {
-    store(target, v, count);
+  __attribute__((always_inline)) void put(T* target, const V (&v)[1]) const {
+    store(target, v[0], count);
   }
   // Zero in the lanes beyond the tail.
   template <class V>
@@ -175,13 +184,89 @@ struct Tail {
 // One value for all lanes.
 template <class A>
 struct Broadcast {
-  __attribute__((always_inline)) Vec<A> get(const A* source) const { return broadcast(*source); }
+  static constexpr int kVectors = 1;
+  __attribute__((always_inline)) void get(const A* source, Vec<A> (&v)[1]) const { v[0] = broadcast(*source); }
 };
+
+#if defined(__AVX512F__)
+template <class T>
+struct Pair {
+  static constexpr int kVectors = 2;
+
+  template <class V>
+  __attribute__((always_inline)) void get(const T* source, V (&v)[2]) const {
+    v[0] = load(source);
+    v[1] = load(source + kLanes<T>);
+  }
+  template <class V>
+  __attribute__((always_inline)) void put(T* target, const V (&v)[2]) const {
+    store(target, v[0]);
+    store(target + kLanes<T>, v[1]);
+  }
+};
+
+// 32 bfloat16: the even ones in the first vector, the odd ones in the second.  Widening is then one instruction for
+// each, and what belongs to channels is put in that order as it is read, once for many elements.
+template <>
+struct Pair<BFloat16> {
+  static constexpr int kVectors = 2;
+
+  __attribute__((always_inline)) void get(const BFloat16* source, Vec<float> (&v)[2]) const {
+    const __m512i bits = _mm512_loadu_si512(source);
+    v[0] = (Vec<float>)_mm512_slli_epi32(bits, 16);
+    v[1] = (Vec<float>)_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+  }
+  __attribute__((always_inline)) void put(BFloat16* target, const Vec<float> (&v)[2]) const {
+#if defined(__AVX512BF16__)
+    const __m512i evens_then_odds = (__m512i)_mm512_cvtne2ps_pbh((__m512)v[1], (__m512)v[0]);
+    _mm512_storeu_si512(target, _mm512_permutexvar_epi16(interleaved_halves(), evens_then_odds));
+#else
+    const __m512i even = _mm512_cvtepu16_epi32((__m256i)narrow(v[0]));
+    const __m512i odd = _mm512_cvtepu16_epi32((__m256i)narrow(v[1]));
+    _mm512_storeu_si512(target, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+#endif
+  }
+  __attribute__((always_inline)) void get(const float* source, Vec<float> (&v)[2]) const {
+    const __m512 low = _mm512_loadu_ps(source), high = _mm512_loadu_ps(source + 16);
+    v[0] = (Vec<float>)_mm512_permutex2var_ps(low, even_indices(), high);
+    v[1] = (Vec<float>)_mm512_permutex2var_ps(low, _mm512_add_epi32(even_indices(), _mm512_set1_epi32(1)), high);
+  }
+  __attribute__((always_inline)) void put(float* target, const Vec<float> (&v)[2]) const {
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    _mm512_storeu_ps(target, _mm512_permutex2var_ps((__m512)v[0], first, (__m512)v[1]));
+    _mm512_storeu_ps(target + 16, _mm512_permutex2var_ps((__m512)v[0], second, (__m512)v[1]));
+  }
+
+ private:
+#if defined(__AVX512BF16__)
+  // Word 2i from word i, word 2i + 1 from word 16 + i.
+  static __attribute__((always_inline)) __m512i interleaved_halves() {
+    const __m512i i = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_or_si512(i, _mm512_slli_epi32(_mm512_add_epi32(i, _mm512_set1_epi32(16)), 16));
+  }
+#endif
+  static __attribute__((always_inline)) __m512i even_indices() {
+    return _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  }
+};
+#endif
 
 // Runs body(offset, access) over `size` contiguous elements: whole vectors first, then the tail.
 template <class A, class Body>
 LAYERWISE_INLINE void for_each_vector(int64_t size, const Body& body) {
   int64_t i = 0;
+  for (; i + kLanes<A> <= size; i += kLanes<A>) body(i, Whole{});
+  if (i < size) body(i, Tail{static_cast<int>(size - i)});
+}
+
+// The same for elements T of compute type A, by pairs of vectors where registers allow.
+template <class T, class A, class Body>
+LAYERWISE_INLINE void for_each_group(int64_t size, const Body& body) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  for (; i + 2 * kLanes<A> <= size; i += 2 * kLanes<A>) body(i, Pair<T>{});
+#endif
   for (; i + kLanes<A> <= size; i += kLanes<A>) body(i, Whole{});
   if (i < size) body(i, Tail{static_cast<int>(size - i)});
 }

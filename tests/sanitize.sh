@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# The operator table on a build with AddressSanitizer and UndefinedBehaviorSanitizer.
+#   tests/sanitize.sh [PYTHON] [PYTEST ARGUMENT ...]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${1:-python3}
+shift || true
+cxx=${CXX:-g++}
+export PATH="$(dirname "$(command -v "$python")"):$PATH" # cmake and ninja beside the interpreter
+
+mkdir -p build/sanitize
+cmake -S . -B build/sanitize/cmake -G Ninja -DCMAKE_CXX_COMPILER="$cxx" -DPython_EXECUTABLE="$(command -v "$python")" \
+  -DLAYERWISE_SANITIZE=ON -DLAYERWISE_CUDA=OFF
+cmake --build build/sanitize/cmake
+rm -rf build/sanitize/package
+mkdir -p build/sanitize/package
+cp -r python/layerwise_ext build/sanitize/package/
+cp build/sanitize/cmake/_C.*.so build/sanitize/package/layerwise_ext/
+
+# -S keeps an editable installation of the package out of the way. libstdc++ is loaded early because the sanitizer
+# intercepts its exceptions. Python itself does not free everything at exit.
+site=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+export PYTHONPATH="$PWD/build/sanitize/package:$site" OMP_NUM_THREADS=1
+export LD_PRELOAD="$("$cxx" -print-file-name=libasan.so):$("$cxx" -print-file-name=libstdc++.so)"
+export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+exec "$python" -S -m pytest -p no:cacheprovider "${@:-tests/test_bn_act_moments.py}"
