@@ -40,7 +40,8 @@ struct Activation {
   double negative_slope;  // 1 is the identity
 };
 
-// Pass 1: blocks of the map -> mean and sum of squared deviations of each block.
+// Pass 1: blocks of the map -> mean and sum of squared deviations of each block.  The mean is block_mean +
+// block_mean_rest: in A alone its rounding would spoil the variance between blocks where the mean is large.
 struct StatisticsParams {
   Map map;
   const void* z;
@@ -48,6 +49,7 @@ struct StatisticsParams {
   void* z_copy;           // null, or a dense map that receives z in the same pass
   Strides z_copy_strides;
   void* block_mean;       // [blocks, C] of A
+  void* block_mean_rest;  // [blocks, C] of A
   void* block_m2;         // [blocks, C] of A
 };
 

@@ -23,6 +23,10 @@ struct Block {
 };
 
 constexpr int64_t kBlockBytes = 128 * 1024;
+// Sums of float32 are taken over at most so many terms in a row before they go on in double: their rounding grows with
+// the length.  Terms of one lane in a block, elements of a piece of a contiguous plane.
+constexpr int64_t kBlockLength = 512;
+constexpr int64_t kPieceLength = 2048;
 
 static inline int64_t element_size(DType dtype) {
   return dtype == DType::kBFloat16 ? 2 : dtype == DType::kFloat32 ? 4 : 8;
@@ -42,7 +46,9 @@ static inline Blocks make_blocks(const Map& map, const Strides& a, const Strides
   const int64_t runs = merge_all ? 1 : merge_rows ? s.n : s.n * s.h;
   const int64_t run_length = s.n * s.h * s.w / runs;
   int64_t length = kBlockBytes / (s.c * element_size(map.dtype));
-  length = length < 1 ? 1 : length > run_length ? run_length : length;
+  if (length > kBlockLength) length = kBlockLength;
+  if (length > run_length) length = run_length;
+  if (length < 1) length = 1;
   const int64_t per_run = (run_length + length - 1) / length;
   return {runs * per_run, runs * per_run, merge_rows ? 1 : s.h, run_length, length, per_run};
 }

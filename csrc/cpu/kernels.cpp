@@ -42,6 +42,7 @@ void statistics_channels_last(const StatisticsParams& p, int64_t begin, int64_t 
         __builtin_memcpy(copy + i * p.z_copy_strides.w, z + i * pitch, shape.c * sizeof(T));
     }
     A* mean = static_cast<A*>(p.block_mean) + t * shape.c;
+    A* mean_rest = static_cast<A*>(p.block_mean_rest) + t * shape.c;
     A* m2 = static_cast<A*>(p.block_m2) + t * shape.c;
     const Vec<A> inverse_count = broadcast(A(1) / A(block.length));
     for_each_group<T, A>(shape.c, [&](int64_t c, auto group) ALWAYS_INLINE {
@@ -59,16 +60,46 @@ void statistics_channels_last(const StatisticsParams& p, int64_t begin, int64_t 
         group.get(pixel, value);
         for (int v = 0; v < kVectors; ++v) d[v].add(value[v] - d[v].center);
       }
+      Vec<A> center[kVectors], rest[kVectors], second[kVectors];
       for (int v = 0; v < kVectors; ++v) {
-        d[v].second -= d[v].first * d[v].first * inverse_count;
-        d[v].center += d[v].first * inverse_count;
-        sum[v] = d[v].center;
-        value[v] = d[v].second;
+        center[v] = d[v].center;
+        rest[v] = d[v].first * inverse_count;
+        second[v] = d[v].second - d[v].first * rest[v];
       }
-      group.put(mean + c, sum);
-      group.put(m2 + c, value);
+      group.put(mean + c, center);
+      group.put(mean_rest + c, rest);
+      group.put(m2 + c, second);
     });
   }
+}
+
+// Mean and M2 of a plane, grown piece by piece in double (Chan, Golub, LeVeque 1983).
+struct PlaneStatistics {
+  double count = 0, mean = 0, m2 = 0;
+
+  void add(double piece_count, double piece_mean, double piece_m2) {
+    const double total = count + piece_count, delta = piece_mean - mean;
+    mean += delta * piece_count / total;
+    m2 += piece_m2 + delta * delta * count * piece_count / total;
+    count = total;
+  }
+};
+
+template <class T, class A>
+void add_piece(const T* z, int64_t length, PlaneStatistics& plane) {
+  const A inverse_count = A(1) / A(length);
+  Vec<A> sum{}, value[1];
+  for_each_vector<A>(length, [&](int64_t w, auto group) ALWAYS_INLINE {
+    group.get(z + w, value);
+    sum += value[0];
+  });
+  Deviations<A> d{broadcast(horizontal_sum<A>(sum) * inverse_count)};
+  for_each_vector<A>(length, [&](int64_t w, auto group) ALWAYS_INLINE {
+    group.get(z + w, value);
+    d.add(group.keep(value[0] - d.center));
+  });
+  const double first = horizontal_sum<A>(d.first);
+  plane.add(length, d.center[0] + first / length, horizontal_sum<A>(d.second) - first * first / length);
 }
 
 template <class T, class A>
@@ -78,32 +109,19 @@ void statistics_contiguous(const StatisticsParams& p, int64_t begin, int64_t end
                     (p.z_copy == nullptr || rows_follow_each_other(shape, p.z_copy_strides));
   const int64_t rows = flat ? 1 : shape.h;
   const int64_t length = flat ? shape.h * shape.w : shape.w;
-  const A inverse_count = A(1) / A(shape.h * shape.w);
   for (int64_t t = end - 1; t >= begin; --t) {
     const int64_t n = t / shape.c, c = t % shape.c;
-    const auto row = [&](int64_t h) { return at<T>(p.z, p.z_strides, n, c, h, 0); };
-    Vec<A> sum{};
+    PlaneStatistics plane;
     for (int64_t h = 0; h < rows; ++h) {
-      const T* z = row(h);
+      const T* z = at<T>(p.z, p.z_strides, n, c, h, 0);
       if (p.z_copy != nullptr) __builtin_memcpy(at<T>(p.z_copy, p.z_copy_strides, n, c, h, 0), z, length * sizeof(T));
-      for_each_vector<A>(length, [&](int64_t w, auto group) ALWAYS_INLINE {
-        Vec<A> value[1];
-        group.get(z + w, value);
-        sum += value[0];
-      });
+      for (int64_t w = 0; w < length; w += kPieceLength)
+        add_piece<T, A>(z + w, length - w < kPieceLength ? length - w : kPieceLength, plane);
     }
-    Deviations<A> d{broadcast(horizontal_sum<A>(sum) * inverse_count)};
-    for (int64_t h = 0; h < rows; ++h) {
-      const T* z = row(h);
-      for_each_vector<A>(length, [&](int64_t w, auto group) ALWAYS_INLINE {
-        Vec<A> value[1];
-        group.get(z + w, value);
-        d.add(group.keep(value[0] - d.center));
-      });
-    }
-    const A first = horizontal_sum<A>(d.first);
-    static_cast<A*>(p.block_mean)[t] = d.center[0] + first * inverse_count;
-    static_cast<A*>(p.block_m2)[t] = horizontal_sum<A>(d.second) - first * first * inverse_count;
+    const A mean = static_cast<A>(plane.mean);
+    static_cast<A*>(p.block_mean)[t] = mean;
+    static_cast<A*>(p.block_mean_rest)[t] = static_cast<A>(plane.mean - mean);
+    static_cast<A*>(p.block_m2)[t] = static_cast<A>(plane.m2);
   }
 }
 

@@ -41,14 +41,15 @@ class Partials {
 void BatchStatistics::add(StatisticsParams p, const ParallelFor& parallel_for) {
   const Blocks blocks = make_blocks(p.map, p.z_strides, p.z_copy == nullptr ? p.z_strides : p.z_copy_strides);
   const int64_t size = blocks.count * channels_;
-  Partials mean(p.map, size), m2(p.map, size);
+  Partials mean(p.map, size), mean_rest(p.map, size), m2(p.map, size);
   p.block_mean = mean.data();
+  p.block_mean_rest = mean_rest.data();
   p.block_m2 = m2.data();
   run(kernels().statistics, p, blocks.tasks, parallel_for);
   elements_ += p.map.shape.n * p.map.shape.h * p.map.shape.w;
   for (int64_t b = 0; b < blocks.count; ++b) block_elements_.push_back(block_elements(p.map, blocks, b));
   for (int64_t i = 0; i < size; ++i) {
-    block_mean_.push_back(mean[i]);
+    block_mean_.push_back(mean[i] + mean_rest[i]);
     block_m2_.push_back(m2[i]);
   }
 }

@@ -16,7 +16,7 @@ class BatchStatistics {
  public:
   explicit BatchStatistics(int64_t channels) : channels_(channels) {}
 
-  // block_mean and block_m2 of p are set here.
+  // The outputs of p are set here.
   void add(StatisticsParams p, const ParallelFor& parallel_for);
   void finish(double* mean, double* var) const;  // [C] each
 
@@ -30,7 +30,7 @@ class BatchStatistics {
 
 void apply(const ApplyParams& p, const ParallelFor& parallel_for);
 
-// dbeta and dgamma, [C] each, are added to.  block_dbeta and block_dgamma of p are set here.
+// dbeta and dgamma, [C] each, are added to.  The outputs of p are set here.
 void dense_sums(DenseSumsParams p, double* dbeta, double* dgamma, const ParallelFor& parallel_for);
 void cell_sums(const CellSumsParams& p, const ParallelFor& parallel_for);
 

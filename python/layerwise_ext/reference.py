@@ -1,0 +1,179 @@
+"""The operators in plain PyTorch: the specification that the kernels are held to.
+
+Every function is differentiable by autograd, in any floating dtype; statistics and sums are float32 (float64 for
+float64 maps). One stage:
+
+    z    = conv(x, w) + b                               [N, C, H, W]
+    xhat = (z - mu) * rstd,  rstd = 1 / sqrt(var + eps)    per channel; var is biased
+    u    = gamma * xhat + beta
+    y    = s * u,  s = 1 where u > 0, else the negative slope (0 for ReLU, 1 for the identity)
+    m1   = sum of y over a pooling cell,  m2 = sum of y*y   [N, C, bins_h, bins_w]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .functional import ActivationMoments, Pair, _pair
+
+
+def cell_bounds(size: int, bins: int) -> list[tuple[int, int]]:
+    """``[begin, end)`` of each cell of adaptive average pooling along one dimension; neighbours may share an element."""
+    return [(i * size // bins, -(-(i + 1) * size // bins)) for i in range(bins)]
+
+
+def cell_sums(t: Tensor, bins: Sequence[int]) -> Tensor:
+    """Sum of ``t [N, C, H, W]`` over each cell, ``[N, C, bins_h, bins_w]``."""
+    rows, columns = (cell_bounds(size, count) for size, count in zip(t.shape[2:], bins, strict=True))
+    return torch.stack(
+        [torch.stack([t[..., top:bottom, left:right].sum((2, 3)) for left, right in columns], -1) for top, bottom in rows],
+        -2,
+    )
+
+
+def expand_cells(p: Tensor, size: Sequence[int]) -> Tensor:
+    """Adjoint of :func:`cell_sums`: each element gets the sum of ``p`` over the cells that cover it."""
+    out = p.new_zeros(*p.shape[:2], *size)
+    rows, columns = (cell_bounds(extent, count) for extent, count in zip(size, p.shape[2:], strict=True))
+    for i, (top, bottom) in enumerate(rows):
+        for j, (left, right) in enumerate(columns):
+            out[..., top:bottom, left:right] += p[..., i : i + 1, j : j + 1]
+    return out
+
+
+def batch_statistics(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance per channel."""
+    mean = z.mean((0, 2, 3))
+    return mean, (z - mean[:, None, None]).square().mean((0, 2, 3))
+
+
+def slope(u: Tensor, activation: str, negative_slope: float) -> Tensor:
+    """``s`` with ``y = s * u``."""
+    below = {"relu": 0.0, "leaky_relu": negative_slope, "identity": 1.0}[activation]
+    return torch.where(u > 0, torch.ones_like(u), torch.full_like(u, below))
+
+
+def _update_running(running: Tensor, batch: Tensor, momentum: float) -> None:
+    with torch.no_grad():
+        running.mul_(1 - momentum).add_(momentum * batch.detach().to(running.dtype))
+
+
+def bn_act_moments(
+    z: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+    bins: Pair = (1, 1),
+) -> ActivationMoments:
+    """See :func:`layerwise_ext.functional.bn_act_moments`."""
+    dtype = z.dtype
+    z = z.to(torch.promote_types(dtype, torch.float32))
+    if training:
+        mean, var = batch_statistics(z)
+        if running_mean is not None and running_var is not None:
+            count = z.numel() // z.size(1)
+            _update_running(running_mean, mean, momentum)
+            _update_running(running_var, var * count / (count - 1), momentum)
+    else:
+        assert running_mean is not None and running_var is not None
+        mean, var = running_mean.to(z.dtype), running_var.to(z.dtype)
+    gamma = torch.ones_like(mean) if weight is None else weight.to(z.dtype)
+    beta = torch.zeros_like(mean) if bias is None else bias.to(z.dtype)
+    xhat = (z - mean[:, None, None]) * torch.rsqrt(var + eps)[:, None, None]
+    u = gamma[:, None, None] * xhat + beta[:, None, None]
+    y = slope(u.detach(), activation, negative_slope) * u
+    return ActivationMoments(y.to(dtype), cell_sums(y, _pair("bins", bins)), cell_sums(y * y, _pair("bins", bins)))
+
+
+def conv_bn_act_moments(
+    input: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+    bins: Pair = (1, 1),
+) -> ActivationMoments:
+    """See :func:`layerwise_ext.functional.conv_bn_act_moments`."""
+    pairs = (_pair(name, value) for name, value in (("stride", stride), ("padding", padding), ("dilation", dilation)))
+    z = F.conv2d(input, conv_weight, conv_bias, *pairs, groups)
+    return bn_act_moments(
+        z, running_mean, running_var, weight, bias, training=training, momentum=momentum, eps=eps,
+        activation=activation, negative_slope=negative_slope, bins=bins,
+    )  # fmt: skip
+
+
+class ClosedForm(NamedTuple):
+    """Gradients of a stage: ``dz [N, C, H, W]``, ``dgamma [C]``, ``dbeta [C]``."""
+
+    dz: Tensor
+    dgamma: Tensor
+    dbeta: Tensor
+
+
+def closed_form_backward(
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    p: Tensor,
+    q: Tensor,
+    grad_y: Tensor | None = None,
+    *,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+    fixed_statistics: bool = False,
+) -> ClosedForm:
+    """The backward pass that the kernels compute, from ``p = dL/dm1`` and ``q = dL/dm2 [N, C, bins_h, bins_w]``.
+
+    The affine part needs four sums per sample, cell and channel, which the forward pass gathers:
+
+        A0 = sum s     A1 = sum s*xhat     B0 = sum y*s     B1 = sum y*s*xhat
+        dbeta  = sum over samples and cells of  p*A0 + 2*q*B0     (+ sum of s*grad_y)
+        dgamma = sum over samples and cells of  p*A1 + 2*q*B1     (+ sum of s*grad_y*xhat)
+        dz     = gamma*rstd * (du - dbeta/M - xhat*dgamma/M),  du = s * (p + 2*q*y + grad_y),  M = N*H*W
+
+    With fixed statistics (evaluation mode) the two means are absent from dz.
+    """
+    channel = (slice(None), None, None)
+    xhat = (z - mean[channel]) * rstd[channel]
+    u = gamma[channel] * xhat + beta[channel]
+    s = slope(u, activation, negative_slope)
+    y = s * u
+    a0, a1, b0, b1 = (cell_sums(t, p.shape[2:]) for t in (s, s * xhat, y * s, y * s * xhat))
+    dbeta = (p * a0 + 2 * q * b0).sum((0, 2, 3))
+    dgamma = (p * a1 + 2 * q * b1).sum((0, 2, 3))
+    dy = expand_cells(p, z.shape[2:]) + 2 * expand_cells(q, z.shape[2:]) * y
+    if grad_y is not None:
+        dbeta = dbeta + (s * grad_y).sum((0, 2, 3))
+        dgamma = dgamma + (s * grad_y * xhat).sum((0, 2, 3))
+        dy = dy + grad_y
+    du = s * dy
+    if not fixed_statistics:
+        count = z.numel() // z.size(1)
+        du = du - (dbeta[channel] + xhat * dgamma[channel]) / count
+    return ClosedForm((gamma * rstd)[channel] * du, dgamma, dbeta)

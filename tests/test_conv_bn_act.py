@@ -1,0 +1,150 @@
+"""The convolution in front: every form of it, both ways of its weight gradient, large batches in pieces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from operator_cases import DTYPES, LAYOUTS, check, draw, loss_of, off_zero, parameters, quarters
+from operator_cases import eager as eager_bn
+from torch import Tensor
+
+from layerwise_ext import functional, reference
+
+EPS = 1e-3
+
+# input, weight, stride, padding, dilation, groups, bins
+CONVOLUTIONS: dict[str, Any] = {
+    "3x3": ((2, 5, 6, 7), (18, 5, 3, 3), 1, 1, 1, 1, (2, 3)),
+    "1x1": ((2, 16, 5, 5), (32, 16, 1, 1), 1, 0, 1, 1, (2, 2)),
+    "stride 2": ((2, 16, 9, 8), (48, 16, 3, 3), 2, 1, 1, 1, (3, 2)),
+    "dilation 2": ((2, 17, 9, 9), (32, 17, 3, 3), 1, 2, 2, 1, (4, 4)),
+    "rectangular": ((2, 16, 8, 9), (64, 16, 5, 3), (1, 2), (0, 1), 1, 1, (2, 2)),
+    "kernel larger than the map": ((3, 20, 3, 4), (80, 20, 7, 7), 1, 3, 1, 1, (1, 1)),
+    "one column": ((2, 16, 9, 1), (32, 16, 3, 3), 1, 1, 1, 1, (2, 1)),
+    "wide": ((2, 70, 4, 20), (128, 70, 3, 3), 1, 1, 1, 1, (2, 4)),
+    "groups": ((2, 8, 6, 6), (16, 4, 3, 3), 1, 1, 1, 2, (3, 3)),
+    "depthwise": ((2, 16, 6, 6), (16, 1, 3, 3), 1, 1, 1, 16, (2, 2)),
+    "one input channel": ((3, 1, 8, 8), (32, 1, 3, 3), 1, 1, 1, 1, (4, 4)),
+    "no padding": ((2, 24, 7, 7), (96, 24, 3, 3), 1, 0, 1, 1, (5, 5)),
+}
+
+
+def case(name: str, training: bool, conv_bias: bool) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
+    """float64 tensors and the convolution's options; the convolution of these values is exact in every dtype."""
+    size, weight_size, stride, padding, dilation, groups, bins = CONVOLUTIONS[name]
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    taps = weight_size[1] * weight_size[2] * weight_size[3]
+
+    def make(g: torch.Generator) -> dict[str, Tensor | None]:
+        # Few non-zero inputs where many are summed: bfloat16 holds eight bits.
+        x = torch.randint(-2, 3, size, generator=g).double() * (torch.rand(size, generator=g) < 12 / taps)
+        w = torch.randint(-2, 3, weight_size, generator=g).double()
+        b = quarters(weight_size[0], generator=g) if conv_bias else None
+        return {"input": x, "conv_weight": w, "conv_bias": b, **parameters(weight_size[0], g)}
+
+    def accept(t: dict[str, Tensor | None]) -> bool:
+        z = F.conv2d(t["input"], t["conv_weight"], t["conv_bias"], **options)
+        norm = {k: t[k] for k in ("running_mean", "running_var", "weight", "bias")}
+        return off_zero(z, norm, training, EPS)
+
+    return draw(make, accept), {**options, "bins": bins}
+
+
+def eager(
+    input: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, *, stride: Any, padding: Any, dilation: Any, groups: int, **options: Any
+) -> Any:
+    norm = {k: options.pop(k) for k in ("running_mean", "running_var", "weight", "bias")}
+    z = F.conv2d(input, conv_weight, None if conv_bias is None else conv_bias.to(input.dtype), stride, padding, dilation, groups)
+    return eager_bn(z, norm, options)
+
+
+def run(function: Any, tensors: dict[str, Tensor | None], wrt: set[str], kind: str, weights: Any, options: Any) -> dict[str, Tensor]:
+    leaves = {k: None if v is None else v.detach().clone(memory_format=torch.preserve_format) for k, v in tensors.items()}
+    for k in wrt:
+        if leaves[k] is not None:
+            leaves[k].requires_grad_()
+    outputs = function(**leaves, **options)
+    loss_of(outputs, kind, weights).backward()
+    results = dict(zip(("y", "m1", "m2"), (t.detach() for t in outputs), strict=True))
+    results |= {f"d {k}": leaves[k].grad for k in wrt if leaves[k] is not None}
+    return results | {k: leaves[k] for k in ("running_mean", "running_var")}
+
+
+@pytest.mark.parametrize("kind", ["m1", "y+m1+m2"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_table(name: str, dtype: str, layout: str, training: bool, kind: str) -> None:
+    conv_bias = kind == "m1"
+    tensors, options = case(name, training, conv_bias)
+    options = {**options, "training": training, "momentum": 0.3, "eps": EPS, "activation": "leaky_relu" if conv_bias else "relu",
+               "negative_slope": 0.2}  # fmt: skip
+    t, accumulation = DTYPES[dtype], torch.promote_types(DTYPES[dtype], torch.float32)
+    low = {
+        k: None if v is None else v.to(t).contiguous(memory_format=LAYOUTS[layout]) if v.dim() == 4 else v.to(accumulation)
+        for k, v in tensors.items()
+    }
+    exact = {k: None if v is None else v.double() for k, v in low.items()}
+    generator = torch.Generator().manual_seed(3)
+    shape = reference.conv_bn_act_moments(**exact, **options)
+    weights = {key: quarters(*part.shape, generator=generator) for key, part in zip("ypq", shape, strict=True)}
+    exact = {k: None if v is None else v.double() for k, v in low.items()}  # the call above moved the statistics
+    parameters_only = {"conv_weight", "weight", "bias"} | ({"conv_bias"} if conv_bias else set())
+    for wrt in (parameters_only, parameters_only | {"input"}):  # a fused weight gradient where it exists, and not
+        expected = run(reference.conv_bn_act_moments, exact, wrt, kind, weights, options)
+        ours = run(functional.conv_bn_act_moments, low, wrt, kind, weights, options)
+        peer = run(eager, low, wrt, kind, weights, options)
+        for key, value in expected.items():
+            if key == "d conv_bias" and training:  # zero; eager leaves its rounding there
+                assert not ours[key].any()
+                continue
+            check(key, ours[key], value, peer[key])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_conv_bn_act_is_the_same_without_moments(layout: str) -> None:
+    tensors, options = case("3x3", True, True)
+    del options["bins"]
+    low = {k: None if v is None else v.float() for k, v in tensors.items()}
+    low["input"] = low["input"].contiguous(memory_format=LAYOUTS[layout])
+    y = functional.conv_bn_act(**low, **options, training=True)
+    assert torch.equal(y, functional.conv_bn_act_moments(**low, **options, training=True).y)
+    assert y.is_contiguous(memory_format=LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_large_batch_in_pieces(layout: str, training: bool) -> None:
+    """Above a few MiB the convolution goes piece by piece; 7 samples do not divide evenly."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(-2, 3, (7, 2, 96, 96), generator=g).float().contiguous(memory_format=LAYOUTS[layout])
+    w = torch.randint(-2, 3, (40, 2, 3, 3), generator=g).float()
+    assert 7 * 40 * 96 * 96 * 4 > 2 * (4 << 20)
+    tensors = {"input": x, "conv_weight": w, "conv_bias": None, **parameters(40, g)}
+    low = {k: None if v is None else v.float() for k, v in tensors.items()}
+    options: dict[str, Any] = {"stride": 1, "padding": 1, "dilation": 1, "groups": 1, "training": training,
+                               "bins": (3, 3), "momentum": 0.3, "eps": EPS, "activation": "relu", "negative_slope": 0}  # fmt: skip
+    exact = {k: None if v is None else v.double() for k, v in low.items()}
+    norm = {k: exact[k] for k in ("running_mean", "running_var", "weight", "bias")}
+    assert off_zero(F.conv2d(exact["input"], exact["conv_weight"], padding=1), norm, training, EPS)
+    weights = {key: quarters(7, 40, 3, 3, generator=g) for key in "pq"}
+    wrt = {"conv_weight", "weight", "bias"}
+    expected = run(reference.conv_bn_act_moments, exact, wrt, "m1+m2", weights, options)
+    ours = run(functional.conv_bn_act_moments, low, wrt, "m1+m2", weights, options)
+    peer = run(eager, low, wrt, "m1+m2", weights, options)
+    for key, value in expected.items():
+        check(key, ours[key], value, peer[key])
+
+
+def test_half_precision_autocast_is_bfloat16() -> None:
+    x = torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    w = torch.randn(32, 3, 3, 3, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, m1, _ = functional.conv_bn_act_moments(x, w, training=True, bins=2)
+    assert y.dtype == torch.bfloat16 and m1.dtype == torch.float32
+    m1.sum().backward()
+    assert w.grad is not None and w.grad.dtype == torch.float32
