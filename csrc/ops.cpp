@@ -523,7 +523,11 @@ std::tuple<Tensor, Tensor> conv_backward(bool overwrite, Tensor z, OptionalTenso
   const Tensor w = same_dtype ? conv_weight : torch::stable::to(conv_weight, z.scalar_type());
   auto [grad_input, grad_weight] =
       convolution_backward(dz, input, w, stride, padding, dilation, groups, needs_input, needs_weight);
-  if (!same_dtype) grad_weight = torch::stable::to(grad_weight, conv_weight.scalar_type());
+  if (needs_weight && (!same_dtype || grad_weight.strides() != conv_weight.strides())) {
+    Tensor matching = torch::stable::empty_like(conv_weight);  // dtype and layout that the optimizer will see
+    torch::stable::copy_(matching, grad_weight);
+    grad_weight = matching;
+  }
   return {grad_input, grad_weight};
 }
 

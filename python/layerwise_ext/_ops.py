@@ -39,6 +39,12 @@ def _is_channels_last(z: Tensor) -> bool:
     return bool(z.size(1) > 1 and z.stride(1) == 1)
 
 
+def _check_devices(z: Tensor, **others: Tensor | None) -> None:
+    for name, t in others.items():
+        if t is not None and t.device != z.device:
+            raise RuntimeError(f"{name} must be on {z.device}, as the map is, got {t.device}")
+
+
 def _fake_outputs(z: Tensor, bins: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, c, h, w = z.shape
     channels_last, dtype = _is_channels_last(z), _accumulation_dtype(z)
@@ -56,6 +62,7 @@ def _(z):
 
 @torch.library.register_fake("layerwise_ext::bn_act_moments")
 def _(z, weight, bias, mean, var, eps, activation, negative_slope, bins):
+    _check_devices(z, weight=weight, bias=bias, running_mean=mean, running_var=var)
     return _fake_outputs(z, bins)
 
 
@@ -77,6 +84,8 @@ def _(
     negative_slope,
     bins,
 ):
+    _check_devices(input, conv_weight=conv_weight, conv_bias=conv_bias)
+    _check_devices(input, weight=weight, bias=bias, running_mean=mean, running_var=var)
     w = conv_weight.to(input.dtype)
     z = _aten.convolution(input, w, None, stride, padding, dilation, False, [0, 0], groups)
     z = _empty_map(z, list(z.shape), _is_channels_last(z), z.dtype)
@@ -94,9 +103,15 @@ def _(z, *args):
 
 
 def _fake_conv_backward(z, *args):
-    input, conv_weight, *_, needs_input, needs_weight = args[-8:]
+    input, conv_weight, stride, padding, dilation, groups, needs_input, needs_weight = args[-8:]
     none = z.new_empty(0)
-    return torch.empty_like(input) if needs_input else none, torch.empty_like(conv_weight) if needs_weight else none
+    grad_input = none
+    if needs_input:  # ATen chooses its layout
+        convolution = (stride, padding, dilation, False, [0, 0], groups)
+        weight = conv_weight.to(input.dtype)
+        dz = _empty_map(z, list(z.shape), _is_channels_last(z), z.dtype)
+        grad_input, _, _ = _aten.convolution_backward(dz, input, weight, None, *convolution, [True, False, False])
+    return grad_input, torch.empty_like(conv_weight) if needs_weight else none
 
 
 torch.library.register_fake("layerwise_ext::conv_bn_act_moments_backward", _fake_conv_backward)
@@ -148,11 +163,12 @@ def _register_autograd(name: str, setup_context: Any, backward: Any) -> None:
 def _may_overwrite(ctx: Any, z: Tensor) -> bool:
     """Whether dz may take the memory of a convolution's z: nobody will read it again.
 
-    Not so while tracing (z is a stand-in then), with retain_graph=True, and where saved-tensor hooks saw z.
+    Not so while tracing (z is a stand-in then), where saved-tensor hooks saw z, with retain_graph=True, and while
+    anything but the node's own two handles, the saved tensor and the storage looked at here, refers to its memory.
     """
-    return (
-        type(z) is Tensor and not ctx.hooked and not torch._C._autograd._get_current_graph_task_keep_graph()
-    )
+    if type(z) is not Tensor or ctx.hooked or torch._C._autograd._get_current_graph_task_keep_graph():
+        return False
+    return torch._C._storage_Use_Count(z.untyped_storage()._cdata) <= 2
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -211,7 +227,7 @@ def _setup_conv(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     _, _, _, sums, mean_z, var_z, z = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(sums, mean_z, var_z, z)
-    ctx.save_for_backward(input, conv_weight, conv_bias, z, sums, mean_z, var_z, weight, bias)
+    ctx.save_for_backward(input, conv_weight, conv_bias, z.detach(), sums, mean_z, var_z, weight, bias)
     ctx.form = form
     ctx.convolution = (stride, padding, dilation, groups)
     ctx.count = z.numel() // z.size(1) if mean is None else 0

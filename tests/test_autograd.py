@@ -1,0 +1,266 @@
+"""Gradients as autograd sees them: gradcheck, opcheck, the life of saved tensors, what is computed and what is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from layerwise_ext import functional
+
+operators = torch.ops.layerwise_ext
+
+
+def doubles(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("options", [
+    {"activation": "relu", "bins": (2, 2), "padding": 1},
+    {"activation": "leaky_relu", "bins": (3, 2), "stride": 2, "padding": 1},
+    {"activation": "identity", "bins": (1, 4), "groups": 2},
+    {"activation": "leaky_relu", "bins": (2, 2), "training": False, "dilation": 2, "padding": 2},
+], ids=str)  # fmt: skip
+def test_gradcheck(options: dict[str, Any], layout: torch.memory_format) -> None:
+    groups = options.get("groups", 1)
+    x = doubles(2, 4, 5, 6).contiguous(memory_format=layout).requires_grad_()
+    w = doubles(6, 4 // groups, 3, 3).requires_grad_()
+    conv_bias, gamma, beta = (doubles(6).requires_grad_() for _ in range(3))
+    mean, var = doubles(6), torch.rand(6, dtype=torch.float64) + 0.5
+
+    def function(x: Tensor, w: Tensor, conv_bias: Tensor, gamma: Tensor, beta: Tensor) -> Any:
+        statistics = (mean.clone(), var.clone())
+        return functional.conv_bn_act_moments(x, w, conv_bias, *statistics, gamma, beta, **{"training": True, **options})
+
+    assert torch.autograd.gradcheck(function, (x, w, conv_bias, gamma, beta), check_undefined_grad=False)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gradcheck_of_a_given_pre_activation(training: bool) -> None:
+    z, gamma, beta = doubles(2, 3, 5, 4).requires_grad_(), doubles(3).requires_grad_(), doubles(3).requires_grad_()
+    mean, var = doubles(3), torch.rand(3, dtype=torch.float64) + 0.5
+
+    def function(z: Tensor, gamma: Tensor, beta: Tensor) -> Any:
+        return functional.bn_act_moments(z, mean.clone(), var.clone(), gamma, beta, training=training, bins=(3, 3))
+
+    assert torch.autograd.gradcheck(function, (z, gamma, beta), check_undefined_grad=False)
+
+
+def _arguments() -> dict[str, tuple[Any, ...]]:
+    z = torch.randn(2, 4, 5, 6).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 5, 6).contiguous(memory_format=torch.channels_last)
+    w, gamma, beta = torch.randn(4, 3, 3, 3), torch.rand(4), torch.randn(4)
+    form = (1e-5, "relu", 0.0, [2, 3])
+    convolution = ([1, 1], [1, 1], [1, 1], 1)
+    _, m1, m2, sums, mean, var = operators.bn_act_moments(z, gamma, beta, None, None, *form)
+    gradients = (torch.randn_like(z), torch.randn_like(m1), torch.randn_like(m2))
+    dgamma, dbeta = operators.bn_act_moments_backward_sums(z, *gradients, sums, mean, var, gamma, beta, *form)
+    backward = (z, *gradients, dgamma, dbeta, mean, var, gamma, beta, *form, 60.0)
+    return {
+        "batch_norm_statistics": (z,),
+        "bn_act_moments": (z.clone().requires_grad_(), gamma.clone().requires_grad_(), beta, None, None, *form),
+        "conv_bn_act_moments": (x, w.clone().requires_grad_(), None, gamma, beta, None, None, *convolution, *form),
+        "bn_act_moments_backward_sums": (z, *gradients, sums, mean, var, gamma, beta, *form),
+        "bn_act_moments_backward": backward,
+        "conv_bn_act_moments_backward": (*backward, x, w, *convolution, True, True),
+        "conv_bn_act_moments_backward_": (z.clone(), *backward[1:], x, w, *convolution, False, True),
+        "update_running_statistics_": (torch.zeros(4), torch.ones(4), mean, var, None, 60, 0.1),
+    }
+
+
+@pytest.mark.parametrize("name", _arguments())
+def test_opcheck(name: str) -> None:
+    torch.library.opcheck(getattr(operators, name).default, _arguments()[name])
+
+
+# -- Saved tensors ----------------------------------------------------------------------------------------------------
+
+
+class Stage:
+    """One fused layer on fixed values, and the gradient of its weight from eager PyTorch in float64."""
+
+    def __init__(self, channels: int = 8) -> None:
+        self.x = torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+        self.w = torch.randn(channels, 3, 3, 3).requires_grad_()
+
+    def moments(self) -> functional.ActivationMoments:
+        return functional.conv_bn_act_moments(self.x, self.w, padding=1, training=True, bins=2)
+
+    def expected(self, loss: Any) -> Tensor:
+        w = self.w.detach().double().requires_grad_()
+        z = F.conv2d(self.x.double(), w, padding=1)
+        y = F.relu(F.batch_norm(z, None, None, training=True))
+        (gradient,) = torch.autograd.grad(loss(functional.ActivationMoments(y, *_moments(y))), w)
+        return gradient.float()
+
+
+def _moments(y: Tensor) -> tuple[Tensor, Tensor]:
+    return F.adaptive_avg_pool2d(y, 2) * 16, F.adaptive_avg_pool2d(y * y, 2) * 16
+
+
+def cubes(m: functional.ActivationMoments) -> Tensor:
+    return (m.m1**3).sum() / 1000
+
+
+def squares(m: functional.ActivationMoments) -> Tensor:
+    return (m.m2 * m.m1).sum() / 1000
+
+
+def close(actual: Tensor | None, expected: Tensor) -> None:
+    assert actual is not None
+    torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-4 * expected.abs().max().item())
+
+
+def test_retain_graph_gives_the_same_gradient_twice() -> None:
+    stage = Stage()
+    loss = cubes(stage.moments())
+    (first,) = torch.autograd.grad(loss, stage.w, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, stage.w)
+    assert torch.equal(first, second)
+    close(first, stage.expected(cubes))
+
+
+def test_two_losses_one_after_the_other() -> None:
+    stage = Stage()
+    moments = stage.moments()
+    (first,) = torch.autograd.grad(cubes(moments), stage.w, retain_graph=True)
+    (second,) = torch.autograd.grad(squares(moments), stage.w)
+    close(first, stage.expected(cubes))
+    close(second, stage.expected(squares))
+
+
+def test_second_backward_is_pytorchs_error() -> None:
+    loss = cubes(Stage().moments())
+    loss.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+def test_second_derivative_is_a_clear_error() -> None:
+    for weight in (None, torch.ones(8, requires_grad=True)):
+        stage = Stage()
+        m = functional.conv_bn_act_moments(stage.x, stage.w, weight=weight, padding=1, training=True, bins=2)
+        (gradient,) = torch.autograd.grad(cubes(m), stage.w, create_graph=True)
+        close(gradient.detach(), stage.expected(cubes))
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            gradient.sum().backward()
+
+
+def test_saved_tensor_hooks() -> None:
+    stage = Stage()
+    kept: list[Tensor] = []
+
+    def pack(t: Tensor) -> Tensor:
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = cubes(stage.moments())
+    before = [t.clone() for t in kept]
+    loss.backward()
+    close(stage.w.grad, stage.expected(cubes))
+    assert all(torch.equal(a, b) for a, b in zip(kept, before, strict=True)), "a tensor that hooks hold was overwritten"
+
+    stage.w.grad = None
+    with torch.autograd.graph.save_on_cpu():
+        loss = cubes(stage.moments())
+    loss.backward()
+    close(stage.w.grad, stage.expected(cubes))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoint(reentrant: bool) -> None:
+    stage = Stage()
+
+    def segment(w: Tensor) -> Tensor:
+        return cubes(functional.conv_bn_act_moments(stage.x, w, padding=1, training=True, bins=2))
+
+    checkpoint(segment, stage.w, use_reentrant=reentrant).backward()
+    close(stage.w.grad, stage.expected(cubes))
+
+
+def test_activation_may_be_overwritten() -> None:
+    """Stock networks do: ReLU(inplace=True), out += identity."""
+    stage = Stage()
+    moments = stage.moments()
+    features = moments.y
+    features.add_(1).mul_(2)
+    (2 * features.sum() + cubes(moments)).backward()
+    # y*2 + 2 summed twice is 4*sum(y) = 4*sum(m1)
+    close(stage.w.grad, stage.expected(lambda m: 4 * m.m1.sum() + cubes(m)))
+
+
+def test_given_pre_activation_is_not_modified() -> None:
+    z = torch.randn(2, 4, 6, 6, requires_grad=True)
+    before = z.detach().clone()
+    functional.bn_act_moments(z, training=True, bins=2).m1.square().sum().backward()
+    assert torch.equal(z, before)
+
+
+def test_pre_activation_memory_becomes_that_of_its_gradient() -> None:
+    """bfloat16: dz is written there. Its address is the one of z."""
+    seen: list[int] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if func is operators.conv_bn_act_moments.default:
+                seen.append(out[-1].data_ptr())
+            if func is operators.conv_bn_act_moments_backward_.default:
+                seen.append(args[0].data_ptr())
+            return out
+
+    stage = Stage()
+    with Watch():
+        cubes(stage.moments()).backward()
+    assert len(seen) == 2 and seen[0] == seen[1]
+
+
+# -- What is computed -------------------------------------------------------------------------------------------------
+
+
+def test_only_what_is_asked_for() -> None:
+    stage = Stage()
+    gamma, beta = torch.rand(8, requires_grad=True), torch.randn(8, requires_grad=True)
+    m = functional.conv_bn_act_moments(stage.x, stage.w, weight=gamma, bias=beta, padding=1, training=True, bins=2)
+    (only_beta,) = torch.autograd.grad(cubes(m), beta, retain_graph=True)
+    full = torch.autograd.grad(cubes(m), (stage.w, gamma, beta))
+    assert torch.equal(only_beta, full[2])
+    assert stage.x.grad is None
+
+
+@pytest.mark.parametrize("needs_input", [True, False])
+def test_no_gradient_of_the_input_unless_needed(needs_input: bool) -> None:
+    flags: list[bool] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "conv_bn_act_moments_backward" in func.name():
+                flags.append(args[-2])
+            return func(*args, **(kwargs or {}))
+
+    stage = Stage()
+    stage.x.requires_grad_(needs_input)
+    with Watch():
+        cubes(stage.moments()).backward()
+    assert flags == [needs_input]
+    assert (stage.x.grad is not None) == needs_input
+
+
+def test_no_graph_without_gradients() -> None:
+    x, w = torch.randn(2, 3, 6, 6), torch.randn(4, 3, 3, 3, requires_grad=True)
+    with torch.no_grad():
+        assert not functional.conv_bn_act(x, w, training=True).requires_grad
+    with torch.inference_mode():
+        assert functional.conv_bn_act(x, w, training=True).is_inference()
