@@ -1,0 +1,41 @@
+"""Files that are either complete or absent: written under a temporary name, then renamed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its place when the block ends without an error."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """State of tensors, numbers, strings, lists and dictionaries."""
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What :func:`save` wrote; executes nothing from the file."""
+    state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    return state

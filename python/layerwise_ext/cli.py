@@ -1,0 +1,272 @@
+"""The command ``layerwise-ext``: demo, train, bench, info."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import logging
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # torch takes seconds to import; --help should not
+    from layerwise_ext.models import StagedModel
+    from layerwise_ext.train import Trainer
+
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+MODES = ("joint", "local", "greedy")
+# Options of `train` that decide what is computed: a resumed run must have the same ones.
+DEFINING = ("data", "model", "width_multiplier", "mode", "batch_size", "lr", "optimizer", "dtype", "seed",
+            "limit_train", "plain")  # fmt: skip
+
+
+class UsageError(Exception):
+    """Something that the user can mend; shown without a traceback."""
+
+
+def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise ValueError
+        return value
+
+    parse.__name__ = f"positive {kind.__name__}"  # argparse names it: "invalid positive int value"
+    return parse
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="layerwise-ext", description="Layer-wise and joint training of convolutional networks with fused operators."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,train,bench,info}")
+    defaults = argparse.ArgumentDefaultsHelpFormatter
+
+    demo = commands.add_parser("demo", help="train on scikit-learn's digits in three ways, compare with plain PyTorch",
+                               formatter_class=defaults)  # fmt: skip
+    demo.add_argument("--output", type=Path, default=Path("demo-output"), help="folder of the picture and the table")
+    demo.add_argument("--threads", type=_positive(int), help="default: all cores")
+    demo.add_argument("--quick", action="store_true", help="one seed, one epoch: shows that it runs")
+    demo.set_defaults(run=_demo)
+
+    train = commands.add_parser("train", help="train a network on your data", formatter_class=defaults)
+    train.add_argument("--data", choices=("digits", "mnist", "fashion-mnist", "cifar10"), default="digits")
+    train.add_argument("--data-dir", type=Path, help="folder of the data files; default: $LAYERWISE_DATA")
+    train.add_argument("--model", default="vgg8b", help="vgg8b, vgg11b, or widths and pools such as 32,M,64,M")
+    train.add_argument("--width-multiplier", type=_positive(float), default=1.0)
+    train.add_argument("--mode", choices=MODES, default="local")
+    train.add_argument("--epochs", type=_positive(int), default=10, help="in all; for greedy, per stage")
+    train.add_argument("--batch-size", type=_positive(int), default=128)
+    train.add_argument("--lr", type=_positive(float), default=5e-4)
+    train.add_argument("--optimizer", choices=("adam", "sgd"), default="adam")
+    train.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast")
+    train.add_argument("--threads", type=_positive(int), help="default: all cores")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--limit-train", type=_positive(int), metavar="N", help="use the first N training images")
+    train.add_argument("--plain", action="store_true", help="plain PyTorch layers instead of the fused ones")
+    train.add_argument("--output", type=Path, help="run folder; default: runs/DATA-MODEL-MODE")
+    train.add_argument("--resume", action="store_true", help="go on from the checkpoint in the run folder")
+    train.set_defaults(run=_train)
+
+    bench = commands.add_parser("bench", help="benchmark the training step of a stage", add_help=False)
+    bench.set_defaults(run=_bench)
+    info = commands.add_parser("info", help="what was built, for what, and why CUDA is or is not in")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, 2 for bad arguments or data, 130 when interrupted."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and arguments.command != "bench":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.rest = rest
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        status: int = arguments.run(arguments)
+        return status
+    except UsageError as error:
+        print(f"layerwise-ext: error: {error}", file=sys.stderr)
+        return USAGE
+    except KeyboardInterrupt:
+        print("layerwise-ext: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from layerwise_ext import _info
+
+    print(_info.report())
+    return OK
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    script = Path("benchmarks/bench_stage.py")
+    if not script.is_file():
+        raise UsageError("the benchmarks are not installed with the package: run this in its source folder")
+    return subprocess.run([sys.executable, str(script), *arguments.rest], check=False).returncode
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from layerwise_ext import demo
+
+    _set_threads(arguments.threads)
+    demo.run(arguments.output, quick=arguments.quick)
+    return OK
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+# -- train ----------------------------------------------------------------------------------------------------------------
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from layerwise_ext import data
+
+    output = arguments.output or Path("runs") / f"{arguments.data}-{arguments.model.replace(',', '_')}-{arguments.mode}"
+    settings = {name: getattr(arguments, name) for name in DEFINING}
+    _check_run_folder(output, settings, arguments.resume)
+    _set_threads(arguments.threads)
+    try:
+        train_split, test_split = (data.load(arguments.data, arguments.data_dir, split) for split in ("train", "test"))
+        if arguments.limit_train is not None:
+            train_split = data.Split(*(part[: arguments.limit_train] for part in train_split))
+        normalization = data.Normalization.of(train_split.images)
+        loader = data.MemoryLoader(
+            train_split, arguments.batch_size, normalization, shuffle=True, drop_last=True, seed=arguments.seed
+        )
+        test_loader = data.MemoryLoader(test_split, min(512, len(test_split.labels)), normalization)
+        model = _model(arguments, tuple(train_split.images.shape[1:]))
+    except (data.DataError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    return _fit(arguments, output, settings, model, loader, test_loader)
+
+
+def _check_run_folder(output: Path, settings: dict[str, Any], resume: bool) -> None:
+    config_path, checkpoint_path = output / "config.json", output / "checkpoint.pt"
+    if not resume:
+        if checkpoint_path.exists():
+            raise UsageError(f"{output} holds a run already; go on with --resume, or name another folder with --output")
+        return
+    if not config_path.is_file():
+        raise UsageError(f"--resume: {config_path} does not exist, so there is no run to go on with")
+    try:
+        saved = json.loads(config_path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"--resume: {config_path} is not JSON ({error})") from error
+    for name, value in settings.items():
+        if saved.get(name) != value:
+            option = "--" + name.replace("_", "-")
+            raise UsageError(f"--resume: {option} is {value!r}, but the run in {output} has {saved.get(name)!r}")
+
+
+def _model(arguments: argparse.Namespace, shape: tuple[int, ...]) -> StagedModel:
+    from layerwise_ext import models
+
+    config: str | list[int | str] = arguments.model
+    if "," in arguments.model or arguments.model.isdigit():
+        try:
+            config = [item if item == "M" else int(item) for item in arguments.model.split(",")]
+        except ValueError as error:
+            raise ValueError(f"model is {arguments.model!r}; widths and M, such as 32,M,64, are allowed") from error
+    channels, *size = shape
+    return models.vgg(
+        config,
+        in_channels=channels,
+        image_size=(size[0], size[1]),
+        width_multiplier=arguments.width_multiplier,
+        fused=not arguments.plain,
+        seed=arguments.seed,
+    )
+
+
+def _trainer(arguments: argparse.Namespace, model: StagedModel) -> Trainer:
+    import torch
+
+    from layerwise_ext import train
+
+    optimizers = {
+        "adam": lambda parameters: torch.optim.Adam(parameters, lr=arguments.lr),
+        "sgd": lambda parameters: torch.optim.SGD(parameters, lr=arguments.lr, momentum=0.9),
+    }
+    kinds = {"joint": train.JointTrainer, "local": train.LocalTrainer, "greedy": train.GreedyTrainer}
+    return kinds[arguments.mode](
+        model,
+        optimizers[arguments.optimizer],
+        autocast_dtype=torch.bfloat16 if arguments.dtype == "bfloat16" else None,
+        seed=arguments.seed,
+    )
+
+
+def _fit(
+    arguments: argparse.Namespace, output: Path, settings: dict[str, Any], model: StagedModel, loader: Any, test_loader: Any
+) -> int:
+    from layerwise_ext import checkpoint
+
+    trainer = _trainer(arguments, model)
+    checkpoint_path = output / "checkpoint.pt"
+    if arguments.resume and checkpoint_path.is_file():
+        try:
+            trainer.load_state_dict(checkpoint.load(checkpoint_path))
+        except Exception as error:  # torch.load has no error type of its own for a damaged file
+            raise UsageError(f"--resume: {checkpoint_path} cannot be used ({error})") from error
+        print(f"resumed after epoch {trainer.epoch} of {output}")
+    output.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_text(output / "config.json", json.dumps(settings, indent=2) + "\n")
+
+    def on_epoch_end(trainer: Trainer, record: dict[str, Any]) -> None:
+        _write_metrics(output / "metrics.csv", trainer.history)
+        checkpoint.save(checkpoint_path, trainer.state_dict())
+        print(_describe(record), flush=True)
+
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        trainer.fit(loader, arguments.epochs, test_loader, on_epoch_end)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted after epoch {trainer.epoch}; go on with the same command and --resume", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    checkpoint.save(output / "backbone.pt", model.backbone_state_dict())
+    scores = trainer.evaluate(test_loader)
+    stages = " ".join(f"{value:.4f}" for value in scores["accuracy"])
+    print(f"test accuracy {scores['final']:.4f} ({scores['samples']} images; by stage: {stages}); written to {output}")
+    return OK
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _describe(record: dict[str, Any]) -> str:
+    return (
+        f"epoch {record['epoch']}: stage {record['stages'][-1]}, train loss {record['train_loss'][-1]:.4f}, "
+        f"accuracy {record['train_accuracy'][-1]:.4f}, test accuracy {record['val_accuracy'][-1]:.4f}, "
+        f"{record['seconds']:.1f} s"
+    )
+
+
+def _write_metrics(path: Path, history: list[dict[str, Any]]) -> None:
+    """One row per epoch and trained stage; the test columns are of the stage's own head."""
+    from layerwise_ext import checkpoint
+
+    with checkpoint.replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["epoch", "stage", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds"])
+        for record in history:
+            tested = len(record["val_loss"]) - len(record["stages"])  # greedy tests the frozen stages, too
+            for i, stage in enumerate(record["stages"]):
+                row = [record["train_loss"][i], record["train_accuracy"][i]]
+                row += [record["val_loss"][tested + i], record["val_accuracy"][tested + i], record["seconds"]]
+                writer.writerow([record["epoch"], stage, *row])
