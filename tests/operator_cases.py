@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from layerwise_ext import functional, reference
+from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -69,7 +68,9 @@ def parameters(channels: int, generator: torch.Generator, affine: bool = True) -
     return {
         "running_mean": uniform(-0.5, 0.5),
         "running_var": uniform(0.5, 2.0),
-        "weight": uniform(0.5, 1.5) * torch.where(torch.rand(channels, generator=generator) < 0.2, -1, 1) if affine else None,
+        "weight": uniform(0.5, 1.5) * torch.where(torch.rand(channels, generator=generator) < 0.2, -1, 1)
+        if affine
+        else None,
         "bias": uniform(-0.4, 0.4) if affine else None,
     }
 

@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from layerwise_ext import functional
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-
-from layerwise_ext import functional
 
 operators = torch.ops.layerwise_ext
 
@@ -41,7 +40,9 @@ def test_gradcheck(options: dict[str, Any], layout: torch.memory_format) -> None
 
     def function(x: Tensor, w: Tensor, conv_bias: Tensor, gamma: Tensor, beta: Tensor) -> Any:
         statistics = (mean.clone(), var.clone())
-        return functional.conv_bn_act_moments(x, w, conv_bias, *statistics, gamma, beta, **{"training": True, **options})
+        return functional.conv_bn_act_moments(
+            x, w, conv_bias, *statistics, gamma, beta, **{"training": True, **options}
+        )
 
     assert torch.autograd.gradcheck(function, (x, w, conv_bias, gamma, beta), check_undefined_grad=False)
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from layerwise_ext import _C, functional
 
 Z = torch.randn(2, 4, 5, 6)

@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layerwise_ext import _C, functional, reference
 from operator_cases import DTYPES, LAYOUTS, LOSSES, check, draw, eager, loss_of, off_zero, parameters, quarters
 from torch import Tensor
-
-from layerwise_ext import _C, functional, reference
 
 EPS = 1e-3
 
@@ -34,7 +33,12 @@ SHAPES = [
 
 
 def run(
-    function: Any, z: Tensor, params: dict[str, Tensor | None], options: dict[str, Any], kind: str, weights: dict[str, Tensor]
+    function: Any,
+    z: Tensor,
+    params: dict[str, Tensor | None],
+    options: dict[str, Any],
+    kind: str,
+    weights: dict[str, Tensor],
 ) -> dict[str, Tensor]:
     """Outputs, gradients and running statistics, by name."""
     z = z.detach().requires_grad_()
@@ -83,7 +87,9 @@ def compare(
         check(name, ours[name], value, peer[name])
 
 
-def case(n: int, c: int, h: int, w: int, training: bool, affine: bool = True) -> tuple[Tensor, dict[str, Tensor | None]]:
+def case(
+    n: int, c: int, h: int, w: int, training: bool, affine: bool = True
+) -> tuple[Tensor, dict[str, Tensor | None]]:
     return draw(
         lambda g: (quarters(n, c, h, w, generator=g), parameters(c, g, affine)),
         lambda drawn: off_zero(*drawn, training, EPS),
@@ -177,7 +183,9 @@ def _fill(view: Tensor, z: Tensor) -> Tensor:
 def test_views(dtype: str, kind: str) -> None:
     z, params = case(2, 3, 5, 4, True)
     for view in views(z.to(DTYPES[dtype])).values():
-        compare(view, params, DTYPES[dtype], torch.contiguous_format, kind, bins=(2, 2), activation="relu", training=True)
+        compare(
+            view, params, DTYPES[dtype], torch.contiguous_format, kind, bins=(2, 2), activation="relu", training=True
+        )
 
 
 def test_views_are_read_in_place_and_never_written() -> None:
@@ -193,7 +201,16 @@ def test_views_are_read_in_place_and_never_written() -> None:
 def test_expanded_input_and_gradients(layout: str) -> None:
     z, params = case(2, 6, 4, 4, False)
     one = z[:1].float().contiguous(memory_format=LAYOUTS[layout])
-    compare(one.expand(3, -1, -1, -1), params, torch.float32, LAYOUTS[layout], "m1", bins=(2, 2), activation="relu", training=False)
+    compare(
+        one.expand(3, -1, -1, -1),
+        params,
+        torch.float32,
+        LAYOUTS[layout],
+        "m1",
+        bins=(2, 2),
+        activation="relu",
+        training=False,
+    )
     leaf = z.contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
     functional.bn_act_moments(leaf, training=True, bins=2).y.sum().backward()  # a gradient of y with all strides 0
     dense = leaf.grad.clone()
@@ -205,7 +222,9 @@ def test_expanded_input_and_gradients(layout: str) -> None:
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_shape(data: st.DataObject) -> None:
-    n, c, h, w = (data.draw(st.integers(1, limit), label=name) for name, limit in zip("NCHW", (4, 70, 12, 12), strict=True))
+    n, c, h, w = (
+        data.draw(st.integers(1, limit), label=name) for name, limit in zip("NCHW", (4, 70, 12, 12), strict=True)
+    )
     bins = data.draw(st.tuples(st.integers(1, h), st.integers(1, w)), label="bins")
     training = data.draw(st.booleans(), label="training") and n * h * w > 4
     layout = data.draw(st.sampled_from(list(LAYOUTS.values())), label="layout")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import layerwise_ext as lw
 import pytest
 import torch
 from torch import Tensor, nn
-
-import layerwise_ext as lw
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +19,9 @@ def _fresh() -> None:
 
 def stage(channels: int = 32) -> lw.nn.LocalStage:
     body = lw.nn.ConvBNReLU2d(3, channels, 3, padding=1)
-    return lw.nn.LocalStage(body, lw.nn.PooledLinearHead(channels, 5, bins=(2, 2))).to(memory_format=torch.channels_last)
+    return lw.nn.LocalStage(body, lw.nn.PooledLinearHead(channels, 5, bins=(2, 2))).to(
+        memory_format=torch.channels_last
+    )
 
 
 def batch(n: int = 4) -> tuple[Tensor, Tensor]:
@@ -93,7 +94,9 @@ def test_autocast_is_near_float32() -> None:
     torch.testing.assert_close(loss.detach(), expected["loss"], rtol=2e-2, atol=2e-2)
     for name, p in low.named_parameters():
         assert p.grad is not None and p.grad.dtype == torch.float32
-        torch.testing.assert_close(p.grad, expected[name], rtol=0.1, atol=0.1 * expected[name].abs().max().item(), msg=name)
+        torch.testing.assert_close(
+            p.grad, expected[name], rtol=0.1, atol=0.1 * expected[name].abs().max().item(), msg=name
+        )
 
 
 @pytest.mark.parametrize("training", [True, False])

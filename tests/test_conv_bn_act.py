@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from layerwise_ext import functional, reference
 from operator_cases import DTYPES, LAYOUTS, check, draw, loss_of, off_zero, parameters, quarters
 from operator_cases import eager as eager_bn
 from torch import Tensor
-
-from layerwise_ext import functional, reference
 
 EPS = 1e-3
 
@@ -54,15 +53,29 @@ def case(name: str, training: bool, conv_bias: bool) -> tuple[dict[str, Tensor |
 
 
 def eager(
-    input: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, *, stride: Any, padding: Any, dilation: Any, groups: int, **options: Any
+    input: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    *,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    **options: Any,
 ) -> Any:
     norm = {k: options.pop(k) for k in ("running_mean", "running_var", "weight", "bias")}
-    z = F.conv2d(input, conv_weight, None if conv_bias is None else conv_bias.to(input.dtype), stride, padding, dilation, groups)
+    z = F.conv2d(
+        input, conv_weight, None if conv_bias is None else conv_bias.to(input.dtype), stride, padding, dilation, groups
+    )
     return eager_bn(z, norm, options)
 
 
-def run(function: Any, tensors: dict[str, Tensor | None], wrt: set[str], kind: str, weights: Any, options: Any) -> dict[str, Tensor]:
-    leaves = {k: None if v is None else v.detach().clone(memory_format=torch.preserve_format) for k, v in tensors.items()}
+def run(
+    function: Any, tensors: dict[str, Tensor | None], wrt: set[str], kind: str, weights: Any, options: Any
+) -> dict[str, Tensor]:
+    leaves = {
+        k: None if v is None else v.detach().clone(memory_format=torch.preserve_format) for k, v in tensors.items()
+    }
     for k in wrt:
         if leaves[k] is not None:
             leaves[k].requires_grad_()
@@ -85,7 +98,11 @@ def test_table(name: str, dtype: str, layout: str, training: bool, kind: str) ->
                "negative_slope": 0.2}  # fmt: skip
     t, accumulation = DTYPES[dtype], torch.promote_types(DTYPES[dtype], torch.float32)
     low = {
-        k: None if v is None else v.to(t).contiguous(memory_format=LAYOUTS[layout]) if v.dim() == 4 else v.to(accumulation)
+        k: None
+        if v is None
+        else v.to(t).contiguous(memory_format=LAYOUTS[layout])
+        if v.dim() == 4
+        else v.to(accumulation)
         for k, v in tensors.items()
     }
     exact = {k: None if v is None else v.double() for k, v in low.items()}

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
-
 from layerwise_ext import _C, functional
+from torch import Tensor
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +36,11 @@ def fused_weight_gradient(layout: torch.memory_format, dtype: torch.dtype) -> li
     """The kernel alone: the library's convolution in front of it is not under test."""
     operators = torch.ops.layerwise_ext
     z, p, _ = tensors(layout, dtype)
-    x = torch.randn(8, 32, 32, 30, generator=torch.Generator().manual_seed(1)).to(dtype).contiguous(memory_format=layout)
+    x = (
+        torch.randn(8, 32, 32, 30, generator=torch.Generator().manual_seed(1))
+        .to(dtype)
+        .contiguous(memory_format=layout)
+    )
     mean, var = operators.batch_norm_statistics(z)
     rest = (None, None, 1e-5, "relu", 0.0, [4, 4], 1000.0, x, torch.empty(64, 32, 3, 3), [1, 1], [1, 1], [1, 1], 1)
     zero = torch.zeros(64)

@@ -10,8 +10,8 @@
 
 namespace layerwise::cpu {
 
-// Blocks at least this large come from the pool.
-constexpr int64_t kPooledBytes = 1 << 20;
+// Blocks at least this large come from the pool, rounded up to huge pages.
+constexpr int64_t kPooledBytes = 4 << 20;
 
 // Throws std::bad_alloc.  The memory is aligned to a huge page and uninitialised.
 void* acquire(int64_t bytes);

@@ -13,7 +13,9 @@ from layerwise_ext._ops import _C
 def collect() -> dict[str, str]:
     """Names and values in the order in which they are shown."""
     built = _C.build_info()
-    chosen = "LAYERWISE_CPU_CAPABILITY" if "LAYERWISE_CPU_CAPABILITY" in os.environ else "the best that this machine runs"
+    chosen = (
+        "LAYERWISE_CPU_CAPABILITY" if "LAYERWISE_CPU_CAPABILITY" in os.environ else "the best that this machine runs"
+    )
     return {
         "layerwise_ext": built["version"],
         "python": platform.python_version(),

@@ -149,7 +149,10 @@ def _register_autograd(name: str, setup_context: Any, backward: Any) -> None:
     function = type(
         f"{name}_function",
         (torch.autograd.Function,),
-        {"forward": staticmethod(forward), "backward": staticmethod(lambda ctx, *grads: (None, *backward(ctx, *grads)))},
+        {
+            "forward": staticmethod(forward),
+            "backward": staticmethod(lambda ctx, *grads: (None, *backward(ctx, *grads))),
+        },
     )
 
     def autograd_kernel(keyset: Any, *args: Any) -> Any:

@@ -42,7 +42,8 @@ def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="layerwise-ext", description="Layer-wise and joint training of convolutional networks with fused operators."
+        prog="layerwise-ext",
+        description="Layer-wise and joint training of convolutional networks with fused operators.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,train,bench,info}")
     defaults = argparse.ArgumentDefaultsHelpFormatter
@@ -210,7 +211,12 @@ def _trainer(arguments: argparse.Namespace, model: StagedModel) -> Trainer:
 
 
 def _fit(
-    arguments: argparse.Namespace, output: Path, settings: dict[str, Any], model: StagedModel, loader: Any, test_loader: Any
+    arguments: argparse.Namespace,
+    output: Path,
+    settings: dict[str, Any],
+    model: StagedModel,
+    loader: Any,
+    test_loader: Any,
 ) -> int:
     from layerwise_ext import checkpoint
 

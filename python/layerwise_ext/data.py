@@ -67,7 +67,9 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     shape = tuple(int(size) for size in np.frombuffer(content, ">u4", dimensions, offset=4))
     expected = math.prod(shape)
     if len(content) - header != expected:
-        raise DataError(f"{path}: {len(content) - header} bytes after the header, which announces {shape}: {expected} bytes")
+        raise DataError(
+            f"{path}: {len(content) - header} bytes after the header, which announces {shape}: {expected} bytes"
+        )
     return np.frombuffer(content, np.uint8, expected, offset=header).reshape(shape)
 
 
@@ -82,10 +84,14 @@ def read_cifar10(path: Path) -> Split:
     """
     content = np.frombuffer(_read(path), np.uint8)
     if len(content) == 0 or len(content) % CIFAR10_RECORD != 0:
-        raise DataError(f"{path}: {len(content)} bytes, not a positive multiple of {CIFAR10_RECORD}, the size of a record")
+        raise DataError(
+            f"{path}: {len(content)} bytes, not a positive multiple of {CIFAR10_RECORD}, the size of a record"
+        )
     records = content.reshape(-1, CIFAR10_RECORD)
     _check_labels(path, records[:, 0])
-    return Split(torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32).copy()), torch.from_numpy(records[:, 0].astype(np.int64)))
+    return Split(
+        torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32).copy()), torch.from_numpy(records[:, 0].astype(np.int64))
+    )
 
 
 def _check_labels(path: Path, labels: np.ndarray) -> None:

@@ -57,9 +57,7 @@ def cell_area(size: Sequence[int], bins: Pair, device: torch.device | str | None
     return torch.tensor([[h * w for w in columns] for h in rows], dtype=torch.float32, device=device)
 
 
-def _check_statistics(
-    running_mean: Tensor | None, running_var: Tensor | None, training: bool, momentum: float
-) -> None:
+def _check_statistics(running_mean: Tensor | None, running_var: Tensor | None, training: bool, momentum: float) -> None:
     if not 0.0 <= momentum <= 1.0:
         raise ValueError(f"momentum must lie between 0 and 1, got {momentum}")
     if (running_mean is None) != (running_var is None):

@@ -31,7 +31,10 @@ def cell_sums(t: Tensor, bins: Sequence[int]) -> Tensor:
     """Sum of ``t [N, C, H, W]`` over each cell, ``[N, C, bins_h, bins_w]``."""
     rows, columns = (cell_bounds(size, count) for size, count in zip(t.shape[2:], bins, strict=True))
     return torch.stack(
-        [torch.stack([t[..., top:bottom, left:right].sum((2, 3)) for left, right in columns], -1) for top, bottom in rows],
+        [
+            torch.stack([t[..., top:bottom, left:right].sum((2, 3)) for left, right in columns], -1)
+            for top, bottom in rows
+        ],
         -2,
     )
 
