@@ -1,6 +1,7 @@
 """Peak memory of one training step, each in a fresh process; the procedure is that of layerwise_ext/_memory.py.
 
-The kernel's counter is exact to some hundred KiB on small machines, so steps with maps below 1 MiB are not judged by it.
+The kernel's counter is exact to some hundred KiB on small machines, so steps with maps below 1 MiB are not judged
+by it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Inputs and the criterion of the operator tests.
 
-Values are multiples of a quarter, small enough that a convolution of them is exact in every dtype, and drawn again until
-no u lies near zero: the activation's mask is then the same everywhere, and what is compared is arithmetic.
+Values are multiples of a quarter, small enough that a convolution of them is exact in every dtype, and drawn again
+until no u lies near zero: the activation's mask is then the same everywhere, and what is compared is arithmetic.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ def test_zero_weight(layout: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_mean_much_larger_than_deviation(layout: str, outlier: float | None) -> None:
     """A shift by the first element would fail where that element is not near the mean."""
-    z, params = case(4, 18, 9, 9, True)
+    z, _ = case(4, 18, 9, 9, True)
     z += 1e4
     if outlier is not None:
         z[0, :, 0, 0] = outlier

@@ -94,8 +94,8 @@ def run(
 def test_table(name: str, dtype: str, layout: str, training: bool, kind: str) -> None:
     conv_bias = kind == "m1"
     tensors, options = case(name, training, conv_bias)
-    options = {**options, "training": training, "momentum": 0.3, "eps": EPS, "activation": "leaky_relu" if conv_bias else "relu",
-               "negative_slope": 0.2}  # fmt: skip
+    activation = "leaky_relu" if conv_bias else "relu"
+    options |= {"training": training, "momentum": 0.3, "eps": EPS, "activation": activation, "negative_slope": 0.2}
     t, accumulation = DTYPES[dtype], torch.promote_types(DTYPES[dtype], torch.float32)
     low = {
         k: None
@@ -143,8 +143,8 @@ def test_large_batch_in_pieces(layout: str, training: bool) -> None:
     assert 7 * 40 * 96 * 96 * 4 > 2 * (4 << 20)
     tensors = {"input": x, "conv_weight": w, "conv_bias": None, **parameters(40, g)}
     low = {k: None if v is None else v.float() for k, v in tensors.items()}
-    options: dict[str, Any] = {"stride": 1, "padding": 1, "dilation": 1, "groups": 1, "training": training,
-                               "bins": (3, 3), "momentum": 0.3, "eps": EPS, "activation": "relu", "negative_slope": 0}  # fmt: skip
+    options: dict[str, Any] = {"stride": 1, "padding": 1, "dilation": 1, "groups": 1, "training": training}
+    options |= {"bins": (3, 3), "momentum": 0.3, "eps": EPS, "activation": "relu", "negative_slope": 0}
     exact = {k: None if v is None else v.double() for k, v in low.items()}
     norm = {k: exact[k] for k in ("running_mean", "running_var", "weight", "bias")}
     assert off_zero(F.conv2d(exact["input"], exact["conv_weight"], padding=1), norm, training, EPS)

@@ -1,8 +1,8 @@
 """``layerwise-ext demo``: one small VGG on real digits, trained jointly, locally and greedily, fused and plain.
 
 Fused and plain networks start from the same parameters and see the same batches, so their accuracies differ by rounding
-only. Time and memory of a step are measured on the digits and, since 8x8 images hide what happens to maps, on batches of
-32x32 images through a wider network.
+only. Time and memory of a step are measured on the digits and, since 8x8 images hide what happens to maps, on batches
+of 32x32 images through a wider network.
 """
 
 from __future__ import annotations
@@ -93,9 +93,9 @@ def run(output: Path, *, quick: bool = False) -> list[Result]:
     settings = {"seeds": seeds, "epochs": epochs, "threads": torch.get_num_threads(), "torch": torch.__version__}
     print(report.table(results, [shape.name for shape in shapes]))
     print(
-        f"\n{seeds} seed(s), {epochs} epoch(s) (greedy: per stage), {torch.get_num_threads()} thread(s). ms: median of a step "
-        "of all stages,\nfused and plain in turn; speed: plain / this. peak: what a step adds to the resident memory of a "
-        "fresh process."
+        f"\n{seeds} seed(s), {epochs} epoch(s) (greedy: per stage), {torch.get_num_threads()} thread(s). "
+        "ms: median of a step of all stages,\nfused and plain in turn; speed: plain / this; "
+        "peak: what a step adds to the resident memory of a fresh process."
     )
     if reason is not None:
         print(f"Peak memory was not measured: {reason}.")
@@ -119,7 +119,7 @@ def _train_all(results: list[Result], seeds: int, epochs: int) -> None:
         result.accuracy.append(trainer.evaluate(test_loader)["accuracy"])
 
 
-# -- Time and memory of a step ------------------------------------------------------------------------------------------
+# -- Time and memory of a step -----------------------------------------------------------------------------------------
 
 
 class Step:

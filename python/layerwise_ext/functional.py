@@ -101,8 +101,8 @@ def bn_act_moments(
 ) -> ActivationMoments:
     """Batch norm (Ioffe & Szegedy 2015, arXiv 1502.03167), activation and pooled moments of a pre-activation.
 
-    A loss that looks at the activation through ``m1`` and ``m2`` alone has a closed backward pass: one reading of ``z``,
-    no gradient of ``y`` in memory. A gradient of ``y`` itself is added where there is one.
+    A loss that looks at the activation through ``m1`` and ``m2`` alone has a closed backward pass: one reading of
+    ``z``, no gradient of ``y`` in memory. A gradient of ``y`` itself is added where there is one.
 
     Args:
         z: pre-activation ``[N, C, H, W]``; never modified.

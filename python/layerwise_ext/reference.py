@@ -23,7 +23,7 @@ from .functional import ActivationMoments, Pair, _pair
 
 
 def cell_bounds(size: int, bins: int) -> list[tuple[int, int]]:
-    """``[begin, end)`` of each cell of adaptive average pooling along one dimension; neighbours may share an element."""
+    """``[begin, end)`` of each cell of adaptive average pooling in one dimension; neighbours may share an element."""
     return [(i * size // bins, -(-(i + 1) * size // bins)) for i in range(bins)]
 
 

@@ -75,7 +75,9 @@ def _plot_accuracy(axis: Any, results: Sequence[Result]) -> None:
         numbers = range(stages - len(accuracy) + 1, stages + 1)
         fused = result.layers == "fused"
         axis.errorbar(
-            [n + (0.05 if fused else -0.05) for n in numbers], [100 * m for m, _ in accuracy], [100 * s for _, s in accuracy],
+            [n + (0.05 if fused else -0.05) for n in numbers],
+            [100 * mean for mean, _ in accuracy],
+            [100 * spread for _, spread in accuracy],
             marker=markers[result.mode], color=colours[result.mode], linestyle="-" if fused else "--", capsize=3,
             markerfacecolor=colours[result.mode] if fused else "white", label=f"{result.mode}, {result.layers}",
         )  # fmt: skip

@@ -1,0 +1,172 @@
+"""The command line: training, resuming, refusing, the demo."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from layerwise_ext import checkpoint, cli, models
+
+TINY = [
+    "train",
+    "--data",
+    "digits",
+    "--model",
+    "8,M,8",
+    "--width-multiplier",
+    "1",
+    "--batch-size",
+    "64",
+    "--limit-train",
+    "320",
+]
+
+
+def train(output: Path, *options: str) -> int:
+    return cli.main([*TINY, "--output", str(output), *options])
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(output / "backbone.pt")
+
+
+def same(first: Path, second: Path) -> bool:
+    a, b = weights(first), weights(second)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("mode", cli.MODES)
+def test_train_and_resume_equal_one_run(tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(tmp_path / "whole", "--mode", mode, "--epochs", "2") == 0
+    assert "test accuracy 0." in capsys.readouterr().out
+    assert train(tmp_path / "parts", "--mode", mode, "--epochs", "1") == 0
+    assert train(tmp_path / "parts", "--mode", mode, "--epochs", "2", "--resume") == 0
+    if mode != "greedy":  # greedy counts epochs per stage: the parts trained the stages in another order
+        assert same(tmp_path / "whole", tmp_path / "parts")
+    rows = list(csv.DictReader((tmp_path / "whole" / "metrics.csv").open()))
+    assert {row["epoch"] for row in rows} >= {"1", "2"}
+    assert all(0 <= float(row["test_accuracy"]) <= 1 for row in rows)
+    assert not list(tmp_path.glob("*/.*.tmp"))
+
+
+def test_plain_layers_train_alike(tmp_path: Path) -> None:
+    for name, options in (("fused", []), ("plain", ["--plain"])):
+        assert train(tmp_path / name, "--epochs", "1", *options) == 0
+    fused, plain = weights(tmp_path / "fused"), weights(tmp_path / "plain")
+    assert fused.keys() == plain.keys()
+    for key, value in fused.items():
+        if (
+            value.is_floating_point() and "conv.bias" not in key
+        ):  # Adam turns the rounding of a zero gradient into steps
+            torch.testing.assert_close(plain[key], value, rtol=0, atol=0.02, msg=key)
+
+
+def test_backbone_loads_strictly_into_the_plain_network(tmp_path: Path) -> None:
+    assert train(tmp_path / "run", "--epochs", "1") == 0
+    plain = models.vgg([8, "M", 8], in_channels=1, image_size=(8, 8), fused=False)
+    plain.backbone().load_state_dict(weights(tmp_path / "run"), strict=True)
+
+
+@pytest.mark.parametrize("mode", ["local", "greedy"])
+def test_killed_run_goes_on_where_its_checkpoint_is(tmp_path: Path, mode: str) -> None:
+    options = ["--mode", mode, "--epochs", "6"]
+    assert train(tmp_path / "whole", *options) == 0
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-m", "layerwise_ext", *TINY, "--output", str(killed), *options]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (killed / "checkpoint.pt").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (killed / "checkpoint.pt").exists()
+    assert train(killed, *options, "--resume") == 0
+    assert same(tmp_path / "whole", killed)
+
+
+def test_interrupt_says_how_to_go_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "layerwise_ext", *TINY, "--output", str(tmp_path / "run"), "--epochs", "100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in errors
+    assert "Traceback" not in errors
+
+
+def refused(capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    try:
+        status = cli.main(list(options))
+    except SystemExit as exit_:
+        status = exit_.code if isinstance(exit_.code, int) else 1
+    assert status == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message
+
+
+def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["--output", str(tmp_path / "run")]
+    assert "invalid positive int value: '0'" in refused(capsys, *TINY, *run, "--epochs", "0")
+    assert "--width-multiplier" in refused(capsys, *TINY, *run, "--width-multiplier", "-1")
+    assert "batch size is 5000; allowed: 1 to 320" in refused(capsys, *TINY, *run, "--batch-size", "5000")
+    assert "model is '8,X'" in refused(capsys, *TINY, *run, "--model", "8,X")
+    assert "'vgg99'" in refused(capsys, *TINY, *run, "--model", "vgg99")
+    assert "no such folder" in refused(capsys, *TINY, *run, "--data", "mnist", "--data-dir", str(tmp_path / "none"))
+    assert "there is no run" in refused(capsys, *TINY, *run, "--resume")
+    assert "unrecognized arguments: --banana" in refused(capsys, *TINY, *run, "--banana")
+    assert not (tmp_path / "run").exists()
+
+
+def test_refusals_of_an_existing_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert train(run, "--epochs", "1") == 0
+    before = {p.name: p.read_bytes() for p in run.iterdir()}
+    assert "holds a run already" in refused(capsys, *TINY, "--output", str(run))
+    message = refused(capsys, *TINY, "--output", str(run), "--resume", "--lr", "0.1")
+    assert "--lr is 0.1, but the run in" in message
+    assert {p.name: p.read_bytes() for p in run.iterdir()} == before
+    (run / "checkpoint.pt").write_bytes(b"damaged")
+    assert "cannot be used" in refused(capsys, *TINY, "--output", str(run), "--resume", "--epochs", "2")
+
+
+def test_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    checkpoint.write_text(path, "old")
+    with pytest.raises(RuntimeError, match="half way"), checkpoint.replacing(path) as temporary:
+        temporary.write_text("new")
+        raise RuntimeError("half way")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file.json"]
+
+
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo", "--quick", "--output", str(tmp_path)]) == 0
+    table = capsys.readouterr().out
+    assert [line.split()[:2] for line in table.splitlines()[2:8]] == [
+        [mode, layers] for mode in cli.MODES for layers in ("fused", "plain")
+    ]
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((tmp_path / "demo.json").read_text())["results"]
+    for fused, plain in zip(results[::2], results[1::2], strict=True):
+        for a, b in zip(fused["accuracy"][0], plain["accuracy"][0], strict=True):
+            assert abs(a - b) < 0.1
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    for name in ("torch", "CPU kernels", "CUDA kernels"):
+        assert f"{name}:" in text
