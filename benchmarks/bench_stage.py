@@ -29,6 +29,7 @@ from harness import (
     ratios,
     write_json,
 )
+from layerwise_ext import _memory
 from peers import (
     COMPILE,
     CONTIGUOUS,
@@ -329,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DisagreementError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    reason = peak_memory.unavailable() if arguments.memory else "left out (--no-memory)"
+    reason = _memory.unavailable() if arguments.memory else "left out (--no-memory)"
     if reason is None:
         measure_memory(result["rows"], QUICK_MEMORY if arguments.quick else STEPS, arguments.threads, budget)
     else:

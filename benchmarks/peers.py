@@ -134,7 +134,6 @@ class TrainingStep(Step):
 
     module: nn.Module  # the parameters that are trained, in the same order for every contestant
     loss: Callable[[], Tensor]  # one run that gives its loss back, for comparing results
-    empty_cache: Callable[[], None]  # returns the memory that the contestant caches between steps to the system
 
 
 def inputs(row: Row, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -167,11 +166,9 @@ def training_step(name: str, row: Row, dtype: torch.dtype, x: Tensor, target: Te
     if name == COMPILE:
         return _training_step(eager, torch.compile(eager, dynamic=False), dtype, x, target)
     if name == OURS:
-        from layerwise_ext import _C
-
         fused = FusedStage(row, eager)
         _use_channels_last(fused)
-        return _training_step(fused, fused, dtype, x, target, _C.empty_cache)
+        return _training_step(fused, fused, dtype, x, target)
     raise ValueError(f"unknown contestant {name!r}, choose from {', '.join(STEPS)}")
 
 
@@ -185,7 +182,6 @@ def _training_step(
     dtype: torch.dtype,
     x: Tensor,
     target: Tensor,
-    empty_cache: Callable[[], None] = lambda: None,
 ) -> TrainingStep:
     def loss() -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -200,7 +196,7 @@ def _training_step(
         for parameter in module.parameters():
             parameter.grad = None
 
-    return TrainingStep(run, drop_gradients, module, loss, empty_cache)
+    return TrainingStep(run, drop_gradients, module, loss)
 
 
 def convolution_step(row: Row, dtype: torch.dtype, x: Tensor) -> Step:

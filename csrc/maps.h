@@ -69,8 +69,7 @@ inline Tensor empty_strided(const Tensor& like, const Ints& size, const Ints& st
   AtenTensorHandle handle;
   const auto device = like.device();
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      size.size(), size.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      size.size(), size.data(), strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(device.type())), device.index(), &handle));
   return Tensor(handle);
 }

@@ -17,15 +17,18 @@ namespace {
 
 // A large batch is convolved in pieces, each copied into z's pooled memory while its statistics are taken.  The library
 // allocates a convolution's output itself, from memory that the C library tends to have returned to the system: the page
-// faults of a whole map cost a good part of the convolution, those of one piece do not, for the next ones reuse it.
-constexpr int64_t kPieceBytes = 400 << 20;
+// faults of a whole large map cost up to a third of its convolution, those of one piece do not, for the next ones reuse
+// it.  Smaller maps mostly come from memory that is still there, and copying them costs more than it saves.
+constexpr int64_t kWholeBytes = 16 << 20;
+constexpr int64_t kPieceBytes = 4 << 20;
 // A piece is at least so many times larger than the weights, which each call reorders.
 constexpr int64_t kPieceWeights = 8;
 
 int64_t convolution_pieces(const Shape& z, const Tensor& weight, int64_t element_size) {
+  const int64_t bytes = z.n * z.c * z.h * z.w * element_size;
+  if (bytes < kWholeBytes) return 1;
   const int64_t piece = std::max(kPieceBytes, kPieceWeights * weight.numel() * element_size);
-  const int64_t pieces = (z.n * z.c * z.h * z.w * element_size + piece / 2) / piece;
-  return std::clamp<int64_t>(pieces, 1, z.n);
+  return std::clamp<int64_t>((bytes + piece / 2) / piece, 1, z.n);
 }
 
 void parallel_for(int64_t tasks, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
@@ -65,8 +68,9 @@ Activation check_activation(const std::string& name, double negative_slope) {
 void check_bins(const Ints& bins, const Shape& s) {
   if (bins.empty()) return;
   STD_TORCH_CHECK(bins.size() == 2, "bins must be (bins_h, bins_w), got ", to_string(bins));
-  STD_TORCH_CHECK(bins[0] >= 1 && bins[0] <= s.h && bins[1] >= 1 && bins[1] <= s.w, "bins must lie between (1, 1) and (",
-                  s.h, ", ", s.w, "), the size of the map, got (", bins[0], ", ", bins[1], ")");
+  STD_TORCH_CHECK(bins[0] >= 1 && bins[0] <= s.h && bins[1] >= 1 && bins[1] <= s.w,
+                  "bins must lie between (1, 1) and (", s.h, ", ", s.w, "), the size of the map, got (", bins[0], ", ",
+                  bins[1], ")");
 }
 
 // -- The normalisation as kernels take it -----------------------------------------------------------------------------
@@ -109,7 +113,8 @@ Tensor allocate_map(const Tensor& like, const Shape& s, Layout layout) {
   if (bytes >= cpu::kPooledBytes) {
     const Strides d = dense_strides(s, layout);
     const Ints size{s.n, s.c, s.h, s.w}, strides{d.n, d.c, d.h, d.w};
-    return torch::stable::from_blob(cpu::acquire(bytes), size, strides, like.device(), like.scalar_type(), &cpu::release);
+    return torch::stable::from_blob(cpu::acquire(bytes), size, strides, like.device(), like.scalar_type(),
+                                    &cpu::release);
   }
 #endif
   return empty_map(like, s, layout, like.scalar_type());
@@ -202,15 +207,18 @@ std::tuple<Tensor, Tensor> batch_norm_statistics(Tensor z) {
   return {channel_tensor(z, s.mean), channel_tensor(z, s.var)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_moments(
-    Tensor z, OptionalTensor weight, OptionalTensor bias, OptionalTensor mean, OptionalTensor var, double eps,
-    std::string activation, double negative_slope, Ints bins) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_moments(Tensor z, OptionalTensor weight,
+                                                                          OptionalTensor bias, OptionalTensor mean,
+                                                                          OptionalTensor var, double eps,
+                                                                          std::string activation, double negative_slope,
+                                                                          Ints bins) {
   check_map("z", z);
   check_normalization(shape_of(z), weight, bias, mean, var, eps, bins);
   const Activation act = check_activation(activation, negative_slope);
 
   const auto [map, layout] = readable(z);
-  const Statistics s = mean.has_value() ? Statistics{read_values(*mean), read_values(*var)} : batch_statistics(map, layout);
+  const Statistics s =
+      mean.has_value() ? Statistics{read_values(*mean), read_values(*var)} : batch_statistics(map, layout);
   Normalization normalization(map, s.mean, s.var, weight, bias, eps, act);
   auto [y, m1, m2, sums] = apply(map, layout, normalization, bins);
   return {y, m1, m2, sums, channel_tensor(z, s.mean), channel_tensor(z, s.var)};
@@ -237,7 +245,8 @@ Tensor convolution(const Tensor& input, const Tensor& weight, const Ints& stride
 // [N, C, H, W] of the convolution's output.
 Shape convolution_shape(const Tensor& input, const Tensor& weight, const Ints& stride, const Ints& padding,
                         const Ints& dilation, int64_t groups) {
-  STD_TORCH_CHECK(weight.dim() == 4, "conv_weight must have 4 dimensions [out_channels, in_channels / groups, kH, kW], got ",
+  STD_TORCH_CHECK(weight.dim() == 4,
+                  "conv_weight must have 4 dimensions [out_channels, in_channels / groups, kH, kW], got ",
                   to_string(size_of(weight)));
   STD_TORCH_CHECK(weight.is_cpu(), "conv_weight must be on the CPU, as input is");
   STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
@@ -249,11 +258,13 @@ Shape convolution_shape(const Tensor& input, const Tensor& weight, const Ints& s
                   to_string(size_of(input)));
   Ints out;
   for (int i = 0; i < 2; ++i) {
-    STD_TORCH_CHECK(stride[i] >= 1 && dilation[i] >= 1 && padding[i] >= 0, "stride and dilation must be at least 1 and "
-                    "padding at least 0, got ", to_string(stride), ", ", to_string(dilation), ", ", to_string(padding));
+    STD_TORCH_CHECK(stride[i] >= 1 && dilation[i] >= 1 && padding[i] >= 0,
+                    "stride and dilation must be at least 1 and "
+                    "padding at least 0, got ",
+                    to_string(stride), ", ", to_string(dilation), ", ", to_string(padding));
     const int64_t extent = input.size(2 + i) + 2 * padding[i] - dilation[i] * (weight.size(2 + i) - 1) - 1;
-    STD_TORCH_CHECK(extent >= 0, "input of shape ", to_string(size_of(input)), " is smaller than the convolution kernel ",
-                    to_string(size_of(weight)));
+    STD_TORCH_CHECK(extent >= 0, "input of shape ", to_string(size_of(input)),
+                    " is smaller than the convolution kernel ", to_string(size_of(weight)));
     out.push_back(extent / stride[i] + 1);
   }
   return {input.size(0), weight.size(0), out[0], out[1]};
@@ -324,9 +335,9 @@ void check_gradients(const Tensor& z, const OptionalTensor& grad_y, const Option
   const Ints moments = bins.empty() ? Ints{} : Ints{z.size(0), z.size(1), bins[0], bins[1]};
   const auto check = [](const char* name, const OptionalTensor& g, const Ints& size, ScalarType dtype) {
     if (!g.has_value()) return;
-    STD_TORCH_CHECK(size_of(*g) == size && g->scalar_type() == dtype && g->is_cpu(), name, " must be a CPU tensor of shape ",
-                    to_string(size), " and dtype ", dtype_name(dtype), ", got ", to_string(size_of(*g)), ", ",
-                    dtype_name(g->scalar_type()));
+    STD_TORCH_CHECK(size_of(*g) == size && g->scalar_type() == dtype && g->is_cpu(), name,
+                    " must be a CPU tensor of shape ", to_string(size), " and dtype ", dtype_name(dtype), ", got ",
+                    to_string(size_of(*g)), ", ", dtype_name(g->scalar_type()));
   };
   check("grad_y", grad_y, size_of(z), z.scalar_type());
   check("grad_m1", grad_m1, moments, accumulation_type(z.scalar_type()));
@@ -442,8 +453,8 @@ void check_backward(const Tensor& z, const OptionalTensor& grad_y, const Optiona
 
 Tensor bn_act_moments_backward(Tensor z, OptionalTensor grad_y, OptionalTensor grad_m1, OptionalTensor grad_m2,
                                Tensor dgamma, Tensor dbeta, Tensor mean, Tensor var, OptionalTensor weight,
-                               OptionalTensor bias, double eps, std::string activation, double negative_slope, Ints bins,
-                               double count) {
+                               OptionalTensor bias, double eps, std::string activation, double negative_slope,
+                               Ints bins, double count) {
   check_backward(z, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, eps, bins);
   const auto [map, layout] = readable(z);
   Tensor dz = allocate_map(z, shape_of(z), layout);
@@ -454,8 +465,8 @@ Tensor bn_act_moments_backward(Tensor z, OptionalTensor grad_y, OptionalTensor g
 }
 
 // The weight gradient with dz formed inside it and never written.
-Tensor fused_weight_gradient(GradientInputs& gradient, const Tensor& input, const Tensor& conv_weight, const Ints& stride,
-                             const Ints& padding, const Ints& dilation) {
+Tensor fused_weight_gradient(GradientInputs& gradient, const Tensor& input, const Tensor& conv_weight,
+                             const Ints& stride, const Ints& padding, const Ints& dilation) {
   WeightGradientParams p{};
   p.gradient = gradient.params;
   p.x = input.const_data_ptr();
@@ -510,8 +521,8 @@ std::tuple<Tensor, Tensor> conv_backward(bool overwrite, Tensor z, OptionalTenso
   const Ints expected{out.n, out.c, out.h, out.w};
   STD_TORCH_CHECK(size_of(z) == expected, "z must have shape ", to_string(expected), ", got ", to_string(size_of(z)));
   const auto [map, layout] = readable(z);
-  GradientInputs gradient(map, layout, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, eps, activation,
-                          negative_slope, bins, count);
+  GradientInputs gradient(map, layout, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, eps,
+                          activation, negative_slope, bins, count);
   const bool same_dtype = conv_weight.scalar_type() == z.scalar_type() && input.scalar_type() == z.scalar_type();
   if (!needs_input && groups == 1 && same_dtype &&
       cpu::has_weight_gradient(gradient.params.map, shape_of(input), strides_of(input))) {

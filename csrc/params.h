@@ -120,7 +120,7 @@ struct WeightGradientParams {
   int64_t kernel_h, kernel_w;
   int64_t stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
   int64_t chunks;                // the samples are cut into so many parts, each with its own dw
-  void* dw;                      // [chunks, C_out / block, kernel_h, kernel_w, C_in, block], zeroed; see weight_gradient.h
+  void* dw;  // [chunks, C_out / block, kernel_h, kernel_w, C_in, block], zeroed; see weight_gradient.h
 };
 
 }  // namespace layerwise

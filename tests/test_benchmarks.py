@@ -18,8 +18,8 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import bench_stage  # noqa: E402
 import harness  # noqa: E402
-import peak_memory  # noqa: E402
 import readme_table  # noqa: E402
+from layerwise_ext import _memory  # noqa: E402
 from peers import COMPILE, CONTIGUOUS, CONVOLUTION, EAGER, OURS, Row  # noqa: E402
 
 TINY = "8,4,16,64,2"  # maps of 2 MiB, so that the memory can be judged as well
@@ -54,7 +54,7 @@ def test_result_file(result):
     assert mean["rows"] == 1
 
 
-@pytest.mark.skipif(peak_memory.unavailable() is not None, reason=str(peak_memory.unavailable()))
+@pytest.mark.skipif(_memory.unavailable() is not None, reason=str(_memory.unavailable()))
 def test_peak_memory_of_a_stage_is_at_least_what_it_must_keep(result):
     (entry,) = result["rows"]
     assert entry["least_bytes"] == 2 * 8 * 16 * 64 * 64 * 4
@@ -62,13 +62,12 @@ def test_peak_memory_of_a_stage_is_at_least_what_it_must_keep(result):
         assert 0.9 * entry["least_bytes"] <= peak <= 4 * entry["least_bytes"]  # the kernel's counter is not exact
 
 
-@pytest.mark.skipif(peak_memory.unavailable() is not None, reason=str(peak_memory.unavailable()))
+@pytest.mark.skipif(_memory.unavailable() is not None, reason=str(_memory.unavailable()))
 def test_peak_memory_counts_live_memory_only():
     program = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import peak_memory, torch
-peak_memory.return_freed_memory()
+import torch
+from layerwise_ext import _memory
+_memory.return_freed_memory()
 held = torch.ones(4 << 20)
 
 def step():
@@ -77,11 +76,9 @@ def step():
     del a
     c = torch.ones(1 << 20), torch.empty(8 << 20)  # the second one is never written
 
-print(peak_memory.peak_of_step(step, lambda: None) / 2**20)
+print(_memory.peak_of_step(step, lambda: None) / 2**20)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(BENCHMARKS)], capture_output=True, text=True, check=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
     assert float(done.stdout) == pytest.approx(12.0, abs=1.0)
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from layerwise_ext import checkpoint, cli, models
 
 TINY = [

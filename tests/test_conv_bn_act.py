@@ -136,11 +136,11 @@ def test_conv_bn_act_is_the_same_without_moments(layout: str) -> None:
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_large_batch_in_pieces(layout: str, training: bool) -> None:
-    """Above a few MiB the convolution goes piece by piece; 7 samples do not divide evenly."""
+    """From 16 MiB on the convolution goes piece by piece; 7 samples do not divide evenly."""
     g = torch.Generator().manual_seed(0)
-    x = torch.randint(-2, 3, (7, 2, 96, 96), generator=g).float().contiguous(memory_format=LAYOUTS[layout])
+    x = torch.randint(-2, 3, (7, 2, 128, 128), generator=g).float().contiguous(memory_format=LAYOUTS[layout])
     w = torch.randint(-2, 3, (40, 2, 3, 3), generator=g).float()
-    assert 7 * 40 * 96 * 96 * 4 > 2 * (4 << 20)
+    assert 7 * 40 * 128 * 128 * 4 > 16 << 20
     tensors = {"input": x, "conv_weight": w, "conv_bias": None, **parameters(40, g)}
     low = {k: None if v is None else v.float() for k, v in tensors.items()}
     options: dict[str, Any] = {"stride": 1, "padding": 1, "dilation": 1, "groups": 1, "training": training}

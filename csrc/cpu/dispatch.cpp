@@ -44,7 +44,8 @@ const Capability& find(const std::string& name) {
     if (c.name == name) return c;
     allowed += (allowed.empty() ? "" : ", ") + std::string(c.name);
   }
-  throw std::invalid_argument("CPU capability '" + name + "' is not available; this build and machine have: " + allowed);
+  throw std::invalid_argument("CPU capability '" + name +
+                              "' is not available; this build and machine have: " + allowed);
 }
 
 const Capability& best() {

@@ -32,8 +32,9 @@ struct GradientCoefficients {
 
 // p or q of a segment, times gamma*rstd: the sum over the cells that cover it, of which `offset(i, j)` is the place.
 template <class A, int kVectors, class Group, class Offset>
-LAYERWISE_INLINE void scaled_cells(const void* gradient, const Segment& rows, const Segment& columns, const Group& group,
-                                   const Coefficients<A, kVectors>& k, const Offset& offset, Vec<A> (&sum)[kVectors]) {
+LAYERWISE_INLINE void scaled_cells(const void* gradient, const Segment& rows, const Segment& columns,
+                                   const Group& group, const Coefficients<A, kVectors>& k, const Offset& offset,
+                                   Vec<A> (&sum)[kVectors]) {
   for (int v = 0; v < kVectors; ++v) sum[v] = Vec<A>{};
   if (gradient == nullptr) return;
   for (int64_t i = rows.first_cell; i <= rows.last_cell; ++i) {

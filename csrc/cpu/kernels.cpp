@@ -130,7 +130,8 @@ void statistics_contiguous(const StatisticsParams& p, int64_t begin, int64_t end
 // The sums over one cell (params.h), of a group of channels; with ReLU s*y = y, so B0 is m1.
 template <class A, bool kReLU, int kVectors>
 struct CellSums {
-  Vec<A> m1[kVectors] = {}, m2[kVectors] = {}, a0[kVectors] = {}, a1[kVectors] = {}, b0[kVectors] = {}, b1[kVectors] = {};
+  Vec<A> m1[kVectors] = {}, m2[kVectors] = {}, a0[kVectors] = {}, a1[kVectors] = {}, b0[kVectors] = {},
+         b1[kVectors] = {};
 
   ALWAYS_INLINE void add(int v, Activated<Vec<A>> a, Vec<A> t) {
     m1[v] += a.y;

@@ -8,12 +8,14 @@ namespace layerwise::cpu {
 // Each kernel does the tasks [begin, end) of its pass; tasks are independent of each other.
 struct Kernels {
   void (*statistics)(const StatisticsParams&, int64_t begin, int64_t end);         // blocks, see blocks.h
-  void (*apply)(const ApplyParams&, int64_t begin, int64_t end);                   // channels_last: (n, bin row); contiguous: (n, c)
-  void (*dense_sums)(const DenseSumsParams&, int64_t begin, int64_t end);          // blocks
-  void (*cell_sums)(const CellSumsParams&, int64_t begin, int64_t end);            // channels
-  void (*input_gradient)(const InputGradientParams&, int64_t begin, int64_t end);  // channels_last: (n, row segment); contiguous: (n, c)
+  void (*apply)(const ApplyParams&, int64_t begin, int64_t end);  // channels_last: (n, bin row); contiguous: (n, c)
+  void (*dense_sums)(const DenseSumsParams&, int64_t begin, int64_t end);  // blocks
+  void (*cell_sums)(const CellSumsParams&, int64_t begin, int64_t end);  // channels
+  void (*input_gradient)(const InputGradientParams&, int64_t begin,
+                         int64_t end);  // channels_last: (n, row segment); contiguous: (n, c)
   // Null where the instruction set has too few registers for it to beat the library's convolution.
-  void (*weight_gradient)(const WeightGradientParams&, int64_t begin, int64_t end, float* scratch);  // (chunk, channel block)
+  void (*weight_gradient)(const WeightGradientParams&, int64_t begin, int64_t end,
+                          float* scratch);  // (chunk, channel block)
 };
 
 // Defined by kernels.cpp, which is compiled once for each instruction set.

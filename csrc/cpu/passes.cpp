@@ -17,14 +17,16 @@ int64_t grain(const Map& map, int64_t tasks) {
 }
 
 template <class Params>
-void run(void (*kernel)(const Params&, int64_t, int64_t), const Params& p, int64_t tasks, const ParallelFor& parallel_for) {
+void run(void (*kernel)(const Params&, int64_t, int64_t), const Params& p, int64_t tasks,
+         const ParallelFor& parallel_for) {
   parallel_for(tasks, grain(p.map, tasks), [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 
 // Results of a kernel in the type A of the map: float, or double for float64.
 class Partials {
  public:
-  Partials(const Map& map, int64_t count) : is_double_(map.dtype == DType::kFloat64), bytes_(count * (is_double_ ? 8 : 4)) {}
+  Partials(const Map& map, int64_t count)
+      : is_double_(map.dtype == DType::kFloat64), bytes_(count * (is_double_ ? 8 : 4)) {}
   void* data() { return bytes_.data(); }
   double operator[](int64_t i) const {
     return is_double_ ? reinterpret_cast<const double*>(bytes_.data())[i]
@@ -95,9 +97,8 @@ void cell_sums(const CellSumsParams& p, const ParallelFor& parallel_for) {
   const Shape& s = p.map.shape;
   const int64_t elements = s.n * p.bins_h * p.bins_w;  // per channel
   const int64_t vector = 16;                           // a task's channels share cache lines
-  parallel_for(s.c, std::max(vector, kGrainElements / elements), [&](int64_t begin, int64_t end) {
-    kernels().cell_sums(p, begin, end);
-  });
+  parallel_for(s.c, std::max(vector, kGrainElements / elements),
+               [&](int64_t begin, int64_t end) { kernels().cell_sums(p, begin, end); });
 }
 
 void input_gradient(const InputGradientParams& p, const ParallelFor& parallel_for) {
@@ -131,22 +132,20 @@ void weight_gradient(WeightGradientParams p, float* dw, const Strides& dw_stride
     kernels().weight_gradient(p, begin, end, scratch.data());
   });
 
-  // Sum of the chunks, from [block, kh, kw, c, k in block] to dw's own order.
-  parallel_for(blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t first = begin * kWeightGradientBlock; first < std::min(end * kWeightGradientBlock, shape.c);
-         first += kWeightGradientBlock) {
+  // The chunks are summed where they lie, then [block, kh, kw, c, k in block] becomes dw's own order.
+  parallel_for(size, kGrainElements, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = 1; chunk < p.chunks; ++chunk)
+      for (int64_t i = begin; i < end; ++i) partial[i] += partial[chunk * size + i];
+  });
+  const int64_t inputs = p.x_shape.c;
+  parallel_for(blocks * kernel, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t first = t / kernel * kWeightGradientBlock, tap = t % kernel;
       const int64_t block = std::min(kWeightGradientBlock, shape.c - first);
-      for (int64_t k = 0; k < block; ++k) {
-        for (int64_t tap = 0; tap < kernel; ++tap) {
-          float* target = dw + (first + k) * dw_strides.n + tap / p.kernel_w * dw_strides.h + tap % p.kernel_w * dw_strides.w;
-          const float* source = partial.data() + first * kernel * p.x_shape.c + tap * p.x_shape.c * block + k;
-          for (int64_t c = 0; c < p.x_shape.c; ++c) {
-            float sum = 0;
-            for (int64_t chunk = 0; chunk < p.chunks; ++chunk) sum += source[chunk * size + c * block];
-            target[c * dw_strides.c] = sum;
-          }
-        }
-      }
+      const float* source = partial.data() + (first * kernel + tap * block) * inputs;
+      float* target = dw + first * dw_strides.n + tap / p.kernel_w * dw_strides.h + tap % p.kernel_w * dw_strides.w;
+      for (int64_t c = 0; c < inputs; ++c)
+        for (int64_t k = 0; k < block; ++k) target[k * dw_strides.n + c * dw_strides.c] = source[c * block + k];
     }
   });
 }

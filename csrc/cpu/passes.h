@@ -9,7 +9,8 @@
 namespace layerwise::cpu {
 
 // Runs body(begin, end) over [0, tasks) on the caller's thread pool, at least `grain` tasks at a time.
-using ParallelFor = std::function<void(int64_t tasks, int64_t grain, const std::function<void(int64_t, int64_t)>& body)>;
+using ParallelFor =
+    std::function<void(int64_t tasks, int64_t grain, const std::function<void(int64_t, int64_t)>& body)>;
 
 // Mean and biased variance per channel, over one map or over the pieces of one.
 class BatchStatistics {

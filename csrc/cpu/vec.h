@@ -129,9 +129,7 @@ LAYERWISE_INLINE void store_lanes(T* target, V v, int count) {
 }
 LAYERWISE_INLINE Vec<float> load(const float* source, int count) { return load_lanes<Vec<float>>(source, count); }
 LAYERWISE_INLINE Vec<double> load(const double* source, int count) { return load_lanes<Vec<double>>(source, count); }
-LAYERWISE_INLINE Vec<float> load(const BFloat16* source, int count) {
-  return widen(load_lanes<Half16>(source, count));
-}
+LAYERWISE_INLINE Vec<float> load(const BFloat16* source, int count) { return widen(load_lanes<Half16>(source, count)); }
 LAYERWISE_INLINE void store(float* target, Vec<float> v, int count) { store_lanes(target, v, count); }
 LAYERWISE_INLINE void store(double* target, Vec<double> v, int count) { store_lanes(target, v, count); }
 LAYERWISE_INLINE void store(BFloat16* target, Vec<float> v, int count) {

@@ -96,8 +96,8 @@ void add_tile_of(int64_t inputs, const TileRows& t, float* dw) {
 
 // All taps and all input channels of rows [h_begin, h_end) of sample n.
 template <int kVectors>
-void add_rows(const WeightGradientParams& p, int64_t n, int64_t h_begin, int64_t h_end, int64_t c_begin, const float* dz,
-              float* dw) {
+void add_rows(const WeightGradientParams& p, int64_t n, int64_t h_begin, int64_t h_end, int64_t c_begin,
+              const float* dz, float* dw) {
   constexpr int kBlock = kVectors * kLanes<float>;
   const Shape& out = p.gradient.map.shape;
   const Shape& in = p.x_shape;
@@ -120,8 +120,8 @@ void add_rows(const WeightGradientParams& p, int64_t n, int64_t h_begin, int64_t
       const int64_t offset_w = kw * p.dilation_w - p.padding_w;
       const Range columns = valid_range(out.w, in.w, p.stride_w, offset_w);
       if (columns.begin >= columns.end) continue;
-      const float* x = at<float>(p.x, p.x_strides, n, 0, first * p.stride_h + offset_h,
-                                 columns.begin * p.stride_w + offset_w);
+      const float* x =
+          at<float>(p.x, p.x_strides, n, 0, first * p.stride_h + offset_h, columns.begin * p.stride_w + offset_w);
       TileRows t{dz + ((first - h_begin) * out.w + columns.begin) * kBlock,
                  out.w * kBlock,
                  x,
@@ -149,9 +149,8 @@ FormRows choose_form(const InputGradientParams& p) {
   FormRows form = nullptr;
   for_bool(p.activation.relu, [&](auto relu) {
     for_bool(p.q != nullptr, [&](auto q) {
-      for_bool(p.grad_y != nullptr, [&](auto dense) {
-        form = input_gradient_rows<float, float, relu.value, q.value, dense.value>;
-      });
+      for_bool(p.grad_y != nullptr,
+               [&](auto dense) { form = input_gradient_rows<float, float, relu.value, q.value, dense.value>; });
     });
   });
   return form;
