@@ -144,9 +144,14 @@ def test_refusals_of_an_existing_run(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     checkpoint.write_text(path, "old")
-    with pytest.raises(RuntimeError, match="half way"), checkpoint.replacing(path) as temporary:
-        temporary.write_text("new")
-        raise RuntimeError("half way")
+
+    def fail_half_way() -> None:
+        with checkpoint.replacing(path) as temporary:
+            temporary.write_text("new")
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        fail_half_way()
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file.json"]
 

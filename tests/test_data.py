@@ -60,7 +60,7 @@ def test_environment_names_the_folder(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_truncated_idx(tmp_path: Path, keep: int) -> None:
     path = tmp_path / "images"
     path.write_bytes(idx(np.zeros((2, 3, 3), np.uint8))[:keep])
-    with pytest.raises(data.DataError, match="images: .*(shorter than|after the header)"):
+    with pytest.raises(data.DataError, match=r"images: .*(shorter than|after the header)"):
         data.read_idx(path, 3)
 
 
@@ -70,7 +70,7 @@ def test_damaged_idx(tmp_path: Path) -> None:
     path.write_bytes(good + b"x")
     with pytest.raises(data.DataError, match=r"19 bytes after the header, which announces \(2, 3, 3\): 18 bytes"):
         data.read_idx(path, 3)
-    with pytest.raises(data.DataError, match="begins with 00 00 08 03; .* 1 dimensions begins with 00 00 08 01"):
+    with pytest.raises(data.DataError, match=r"begins with 00 00 08 03; .* 1 dimensions begins with 00 00 08 01"):
         data.read_idx(path, 1)
     path.write_bytes(b"\x00\x00\x0d\x03" + good[4:])
     with pytest.raises(data.DataError, match="begins with 00 00 0d 03"):
@@ -99,7 +99,7 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
 
 def test_counts_and_labels_must_fit(tmp_path: Path) -> None:
     write_idx(tmp_path / "a", gzipped=False, images=6, labels=5)
-    with pytest.raises(data.DataError, match="6 images, but .* has 5 labels"):
+    with pytest.raises(data.DataError, match=r"6 images, but .* has 5 labels"):
         data.load("mnist", tmp_path / "a")
     write_idx(tmp_path / "b", gzipped=False, images=12, labels=12)
     with pytest.raises(data.DataError, match="label 11 of image 11; labels are 0 to 9"):

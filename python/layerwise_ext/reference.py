@@ -121,8 +121,8 @@ def conv_bn_act_moments(
     bins: Pair = (1, 1),
 ) -> ActivationMoments:
     """See :func:`layerwise_ext.functional.conv_bn_act_moments`."""
-    pairs = (_pair(name, value) for name, value in (("stride", stride), ("padding", padding), ("dilation", dilation)))
-    z = F.conv2d(input, conv_weight, conv_bias, *pairs, groups)
+    convolution = _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups
+    z = F.conv2d(input, conv_weight, conv_bias, *convolution)
     return bn_act_moments(
         z, running_mean, running_var, weight, bias, training=training, momentum=momentum, eps=eps,
         activation=activation, negative_slope=negative_slope, bins=bins,
