@@ -478,8 +478,9 @@ Tensor fused_weight_gradient(GradientInputs& gradient, const Tensor& input, cons
   p.padding_h = padding[0], p.padding_w = padding[1];
   p.dilation_h = dilation[0], p.dilation_w = dilation[1];
   Tensor dw = torch::stable::empty_like(conv_weight);
+  if (dw.scalar_type() != ScalarType::Float) dw = torch::stable::to(dw, ScalarType::Float);
   cpu::weight_gradient(p, static_cast<float*>(dw.mutable_data_ptr()), strides_of(dw), parallel_for);
-  return dw;
+  return dw.scalar_type() == conv_weight.scalar_type() ? dw : torch::stable::to(dw, conv_weight.scalar_type());
 }
 
 std::tuple<Tensor, Tensor> convolution_backward(const Tensor& dz, const Tensor& input, const Tensor& conv_weight,
@@ -523,8 +524,8 @@ std::tuple<Tensor, Tensor> conv_backward(bool overwrite, Tensor z, OptionalTenso
   const auto [map, layout] = readable(z);
   GradientInputs gradient(map, layout, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, eps,
                           activation, negative_slope, bins, count);
-  const bool same_dtype = conv_weight.scalar_type() == z.scalar_type() && input.scalar_type() == z.scalar_type();
-  if (!needs_input && groups == 1 && same_dtype &&
+  const bool same_dtype = conv_weight.scalar_type() == z.scalar_type();
+  if (!needs_input && groups == 1 && input.scalar_type() == z.scalar_type() &&
       cpu::has_weight_gradient(gradient.params.map, shape_of(input), strides_of(input))) {
     return {empty_vector(z, 0, z.scalar_type()),
             fused_weight_gradient(gradient, input, conv_weight, stride, padding, dilation)};

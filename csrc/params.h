@@ -110,7 +110,7 @@ struct InputGradientParams {
   Activation activation;
 };
 
-// Weight gradient of a convolution without groups, channels_last float32: dw[k, c, kh, kw] = sum over samples and output
+// Weight gradient of a convolution without groups, channels_last, summed in float32: dw[k, c, kh, kw] = sum over samples and output
 // pixels of dz[k] * x[c].  dz is formed in cache, a few rows at a time, and never written to memory.
 struct WeightGradientParams {
   InputGradientParams gradient;  // dz is not used

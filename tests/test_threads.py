@@ -59,12 +59,15 @@ def test_bit_identical_over_threads_and_runs(layout: torch.memory_format, dtype:
 
 
 @pytest.mark.skipif(not _C.cpu_capability().startswith("avx512"), reason="the fused weight gradient needs AVX-512")
-def test_fused_weight_gradient_is_bit_identical() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_weight_gradient_is_bit_identical(dtype: torch.dtype) -> None:
+    if dtype == torch.bfloat16 and _C.cpu_capability() != "avx512_bf16":
+        pytest.skip("the fused weight gradient of bfloat16 needs AVX512-BF16")
     torch.set_num_threads(1)
-    expected = fused_weight_gradient(torch.channels_last, torch.float32)[1]
+    expected = fused_weight_gradient(torch.channels_last, dtype)[1]
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        assert torch.equal(fused_weight_gradient(torch.channels_last, torch.float32)[1], expected)
+        assert torch.equal(fused_weight_gradient(torch.channels_last, dtype)[1], expected)
 
 
 def test_same_statistics_and_sums_after_the_convolution() -> None:

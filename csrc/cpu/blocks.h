@@ -67,23 +67,33 @@ static inline int64_t block_elements(const Map& map, const Blocks& b, int64_t in
 }
 
 // The weight gradient cuts the output channels into blocks, of which the last may be shorter by multiples of
-// kWeightGradientLanes, and forms dz for about kWeightGradientRowBytes at a time, so that it stays in the L1 cache.
+// kWeightGradientLanes, and forms dz for about kWeightGradientPixels at a time, so that it stays in the L1 cache.
 constexpr int64_t kWeightGradientBlock = 64;
 constexpr int64_t kWeightGradientLanes = 16;
-constexpr int64_t kWeightGradientRowBytes = 32 * 1024;
+constexpr int64_t kWeightGradientPixels = 128;
+constexpr int64_t kWeightGradientPixelsBFloat16 = 512;  // in pairs, and the longer run pays for forming them
 
 static inline int64_t weight_gradient_blocks(const Shape& s) {
   return (s.c + kWeightGradientBlock - 1) / kWeightGradientBlock;
 }
 
-static inline int64_t weight_gradient_rows(const Shape& s) {
-  const int64_t rows = kWeightGradientRowBytes / (s.w * kWeightGradientBlock * static_cast<int64_t>(sizeof(float)));
-  return rows < 1 ? 1 : rows > s.h ? s.h : rows;
+static inline int64_t weight_gradient_rows(const Map& dz) {
+  const bool bfloat16 = dz.dtype == DType::kBFloat16;
+  const int64_t rows = (bfloat16 ? kWeightGradientPixelsBFloat16 : kWeightGradientPixels) / dz.shape.w;
+  return rows < 1 ? 1 : rows > dz.shape.h ? dz.shape.h : rows;
 }
 
-// Floats of the scratch buffer of a task.
-static inline int64_t weight_gradient_scratch(const Shape& s) {
-  return weight_gradient_rows(s) * s.w * kWeightGradientBlock;
+// Channels of a pixel in an interleaved row of bfloat16, which is written 32 at a time.
+static inline int64_t interleaved_channels(int64_t channels) { return (channels + 31) / 32 * 32; }
+
+// Bytes of the scratch buffer of a task: dz and, for bfloat16, dz and the input rows behind it as pairs of pixels.
+static inline int64_t weight_gradient_scratch(const WeightGradientParams& p) {
+  const Map& dz = p.gradient.map;
+  const int64_t rows = weight_gradient_rows(dz), pairs = (dz.shape.w + 1) / 2;
+  const int64_t plain = rows * dz.shape.w * kWeightGradientBlock * element_size(dz.dtype);
+  if (dz.dtype != DType::kBFloat16) return plain;
+  const int64_t x_rows = (rows - 1) * p.stride_h + (p.kernel_h - 1) * p.dilation_h + 1;
+  return plain + 4 * pairs * (rows * kWeightGradientBlock + x_rows * p.kernel_w * interleaved_channels(p.x_shape.c));
 }
 
 }  // namespace layerwise::cpu

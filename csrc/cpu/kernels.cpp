@@ -403,10 +403,12 @@ void input_gradient(const InputGradientParams& p, int64_t begin, int64_t end) {
 
 }  // namespace
 
-#if defined(__AVX512F__)
-extern const Kernels kernels = {statistics, apply, dense_sums, cell_sums, input_gradient, weight_gradient};
+#if defined(__AVX512BF16__)
+extern const Kernels kernels = {statistics, apply, dense_sums, cell_sums, input_gradient, weight_gradient, true};
+#elif defined(__AVX512F__)
+extern const Kernels kernels = {statistics, apply, dense_sums, cell_sums, input_gradient, weight_gradient, false};
 #else
-extern const Kernels kernels = {statistics, apply, dense_sums, cell_sums, input_gradient, nullptr};
+extern const Kernels kernels = {statistics, apply, dense_sums, cell_sums, input_gradient, nullptr, false};
 #endif
 
 }  // namespace layerwise::cpu::LAYERWISE_ISA

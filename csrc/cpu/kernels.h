@@ -15,7 +15,8 @@ struct Kernels {
                          int64_t end);  // channels_last: (n, row segment); contiguous: (n, c)
   // Null where the instruction set has too few registers for it to beat the library's convolution.
   void (*weight_gradient)(const WeightGradientParams&, int64_t begin, int64_t end,
-                          float* scratch);  // (chunk, channel block)
+                          void* scratch);  // (chunk, channel block)
+  bool weight_gradient_bfloat16;           // whether it takes bfloat16, too
 };
 
 // Defined by kernels.cpp, which is compiled once for each instruction set.

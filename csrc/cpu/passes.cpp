@@ -110,7 +110,9 @@ void input_gradient(const InputGradientParams& p, const ParallelFor& parallel_fo
 bool has_weight_gradient(const Map& dz, const Shape& x_shape, const Strides& x_strides) {
   // Narrower maps leave too few sums in flight; measured, the library's convolution is then up to 1.1 times faster.
   constexpr int64_t kFewestInputs = 16, kFewestOutputs = 32;
-  return kernels().weight_gradient != nullptr && dz.dtype == DType::kFloat32 && dz.layout == Layout::kChannelsLast &&
+  const bool dtype =
+      dz.dtype == DType::kFloat32 || (dz.dtype == DType::kBFloat16 && kernels().weight_gradient_bfloat16);
+  return kernels().weight_gradient != nullptr && dtype && dz.layout == Layout::kChannelsLast &&
          dz.shape.c % kWeightGradientLanes == 0 && dz.shape.c >= kFewestOutputs && x_shape.c >= kFewestInputs &&
          x_strides.c == 1;
 }
@@ -128,7 +130,7 @@ void weight_gradient(WeightGradientParams p, float* dw, const Strides& dw_stride
   std::vector<float> partial(p.chunks * size);
   p.dw = partial.data();
   parallel_for(p.chunks * blocks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(weight_gradient_scratch(shape));
+    std::vector<char> scratch(weight_gradient_scratch(p));
     kernels().weight_gradient(p, begin, end, scratch.data());
   });
 

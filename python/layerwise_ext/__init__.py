@@ -15,5 +15,16 @@ from __future__ import annotations
 __version__ = "0.1.0"
 
 from layerwise_ext import functional, models, nn, train
+from layerwise_ext._ops import cache_limit, cached_bytes, empty_cache, set_cache_limit
 
-__all__ = ["__version__", "functional", "models", "nn", "train"]
+__all__ = [
+    "__version__",
+    "cache_limit",
+    "cached_bytes",
+    "empty_cache",
+    "functional",
+    "models",
+    "nn",
+    "set_cache_limit",
+    "train",
+]

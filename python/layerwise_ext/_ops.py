@@ -19,6 +19,12 @@ except ImportError as error:
     ) from error
 
 operators = torch.ops.layerwise_ext
+
+# The pool of large activations (docs/cpu.md), in bytes. Lowering the limit frees what is above it.
+cache_limit = _C.cache_limit
+set_cache_limit = _C.set_cache_limit
+cached_bytes = _C.cached_bytes
+empty_cache = _C.empty_cache
 _aten = torch.ops.aten
 
 # -- Fake kernels: shapes, dtypes and strides without data -------------------------------------------------------------
