@@ -1,6 +1,7 @@
 #include "passes.h"
 
 #include <algorithm>
+#include <bit>
 
 #include "blocks.h"
 #include "dispatch.h"
@@ -119,13 +120,14 @@ bool has_weight_gradient(const Map& dz, const Shape& x_shape, const Strides& x_s
 
 void weight_gradient(WeightGradientParams p, float* dw, const Strides& dw_strides, const ParallelFor& parallel_for) {
   // Enough tasks for many cores, as long as the partial results stay small; from the shape alone, as always.
-  constexpr int64_t kTasks = 16, kPartialBytes = 4 << 20;
+  constexpr int64_t kTasks = 16, kPartialBytes = 1 << 20;
   const Shape& shape = p.gradient.map.shape;
   const int64_t blocks = weight_gradient_blocks(shape);
   const int64_t kernel = p.kernel_h * p.kernel_w;
   const int64_t size = shape.c * kernel * p.x_shape.c;
   const int64_t affordable = kPartialBytes / (size * static_cast<int64_t>(sizeof(float)));
-  p.chunks = std::clamp<int64_t>(std::min((kTasks + blocks - 1) / blocks, affordable), 1, shape.n);
+  const int64_t wanted = std::clamp<int64_t>(std::min((kTasks + blocks - 1) / blocks, affordable), 1, shape.n);
+  p.chunks = std::bit_floor(static_cast<uint64_t>(wanted));  // a power of two shares out evenly
 
   std::vector<float> partial(p.chunks * size);
   p.dw = partial.data();
