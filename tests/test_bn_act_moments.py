@@ -83,8 +83,9 @@ def compare(
     ours = run(call(functional), typed, low, options, kind, weights)
     peer = run(eager, typed, low, options, kind, weights)
     assert ours["y"].dtype == dtype and ours["m1"].dtype == ours["m2"].dtype == accumulation
+    terms = expected["dz"].abs().sum((0, 2, 3)).max().item()  # of dweight and dbias, up to factors near 1
     for name, value in expected.items():
-        check(name, ours[name], value, peer[name])
+        check(name, ours[name], value, peer[name], terms if name in ("dweight", "dbias") else 0.0)
 
 
 def case(
