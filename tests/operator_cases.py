@@ -35,8 +35,8 @@ def error(actual: Tensor, expected: Tensor) -> float:
 def check(name: str, ours: Tensor, expected: Tensor, peer: Tensor | None, terms: float = 0.0) -> None:
     """At most twice the peer's error against float64, plus a few roundings of the result's own dtype.
 
-    ``terms`` is the sum of the magnitudes that the largest result is summed from. Where they nearly cancel, roundings are
-    relative to them, not to what is left: with one channel, a sum of 30 terms can come out a tenth of one.
+    ``terms`` is the sum of the magnitudes that the largest result is summed from. Where they nearly cancel, roundings
+    are relative to them, not to what is left: with one channel, a sum of 30 terms can come out a tenth of one.
     """
     scale = expected.abs().max().item() or 1.0
     floor = 8 * torch.finfo(ours.dtype).eps * max(1.0, terms / scale)
