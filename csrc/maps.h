@@ -50,6 +50,17 @@ inline std::optional<Layout> readable_layout(const Tensor& t) {
   return std::nullopt;
 }
 
+// Channels, then width, height and samples, each outside of the one before: what makes ATen's convolution write
+// channels_last.
+inline bool is_nested_channels_last(const Tensor& t) {
+  int64_t least = 1;
+  for (const int64_t d : {1, 3, 2, 0}) {
+    if (t.stride(d) < least) return false;
+    least = t.stride(d) * t.size(d);
+  }
+  return t.size(1) > 1 && t.stride(1) == 1;
+}
+
 inline bool readable_as(const Tensor& t, Layout layout) {
   return layout == Layout::kChannelsLast ? t.size(1) == 1 || t.stride(1) == 1 : t.size(3) == 1 || t.stride(3) == 1;
 }

@@ -1,7 +1,7 @@
 // Operator schemas, checks and dispatch, through the LibTorch stable ABI: with maps.h the only code that knows torch.
 //
 // Shapes: z, y [N, C, H, W]; m1, m2 [N, C, bins_h, bins_w]; per-channel tensors [C]; sums [4 * N * C * bins_h * bins_w],
-// that is A0, A1, B0, B1, each laid out as m1.  Sums and statistics are float32, or float64 for float64 maps.
+// that is A0, A1, B0, B1, each laid out as m1; half of that and an empty m2 without second_moment.  Sums and statistics are float32, or float64 for float64 maps.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -75,13 +75,15 @@ void check_bins(const Ints& bins, const Shape& s) {
 
 // -- The normalisation as kernels take it -----------------------------------------------------------------------------
 
-Map map_of(const Tensor& z, Layout layout) {
-  const ScalarType dtype = z.scalar_type();
-  return {shape_of(z), layout,
+Map map_of(const Tensor& like, const Shape& shape, Layout layout) {
+  const ScalarType dtype = like.scalar_type();
+  return {shape, layout,
           dtype == ScalarType::Float      ? DType::kFloat32
           : dtype == ScalarType::BFloat16 ? DType::kBFloat16
                                           : DType::kFloat64};
 }
+
+Map map_of(const Tensor& z, Layout layout) { return map_of(z, shape_of(z), layout); }
 
 // What the forward and the backward passes share: coefficients per channel, activation, cells.
 struct Normalization {
@@ -154,15 +156,16 @@ Statistics batch_statistics(const Tensor& z, Layout layout) {
 
 using Moments = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // y, m1, m2, sums; the last three empty without bins
 
-Moments apply(const Tensor& z, Layout layout, Normalization& normalization, const Ints& bins) {
+Moments apply(const Tensor& z, Layout layout, Normalization& normalization, const Ints& bins, bool second_moment) {
   const Shape s = shape_of(z);
   const ScalarType accumulation = accumulation_type(z.scalar_type());
   const Ints cells = cells_or_rows(bins, s);
-  const Shape moments = bins.empty() ? Shape{0, s.c, 1, 1} : Shape{s.n, s.c, bins[0], bins[1]};
+  const Shape none{0, s.c, 1, 1};
+  const Shape moments = bins.empty() ? none : Shape{s.n, s.c, bins[0], bins[1]};
   Tensor y = allocate_map(z, s, layout);
   Tensor m1 = empty_map(z, moments, layout, accumulation);
-  Tensor m2 = empty_map(z, moments, layout, accumulation);
-  Tensor sums = empty_vector(z, 4 * m1.numel(), accumulation);
+  Tensor m2 = empty_map(z, second_moment ? moments : none, layout, accumulation);
+  Tensor sums = empty_vector(z, (second_moment ? 4 : 2) * m1.numel(), accumulation);
 
   ApplyParams p{};
   p.map = map_of(z, layout);
@@ -176,7 +179,7 @@ Moments apply(const Tensor& z, Layout layout, Normalization& normalization, cons
   p.activation = normalization.activation;
   if (!bins.empty()) {
     p.m1 = m1.mutable_data_ptr();
-    p.m2 = m2.mutable_data_ptr();
+    p.m2 = second_moment ? m2.mutable_data_ptr() : nullptr;
     p.sums = sums.mutable_data_ptr();
   }
   cpu::apply(p, parallel_for);
@@ -211,7 +214,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_moments(Tensor
                                                                           OptionalTensor bias, OptionalTensor mean,
                                                                           OptionalTensor var, double eps,
                                                                           std::string activation, double negative_slope,
-                                                                          Ints bins) {
+                                                                          Ints bins, bool second_moment) {
   check_map("z", z);
   check_normalization(shape_of(z), weight, bias, mean, var, eps, bins);
   const Activation act = check_activation(activation, negative_slope);
@@ -220,7 +223,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_moments(Tensor
   const Statistics s =
       mean.has_value() ? Statistics{read_values(*mean), read_values(*var)} : batch_statistics(map, layout);
   Normalization normalization(map, s.mean, s.var, weight, bias, eps, act);
-  auto [y, m1, m2, sums] = apply(map, layout, normalization, bins);
+  auto [y, m1, m2, sums] = apply(map, layout, normalization, bins, second_moment);
   return {y, m1, m2, sums, channel_tensor(z, s.mean), channel_tensor(z, s.var)};
 }
 
@@ -270,10 +273,31 @@ Shape convolution_shape(const Tensor& input, const Tensor& weight, const Ints& s
   return {input.size(0), weight.size(0), out[0], out[1]};
 }
 
+Window window_of(const Tensor& weight, const Ints& stride, const Ints& padding, const Ints& dilation) {
+  return {weight.size(2), weight.size(3), stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
+}
+
+// z of a convolution that has_winograd; its statistics, unless that is null.
+void winograd_convolution(const Tensor& input, const Tensor& weight, const Ints& padding, Tensor& z,
+                          cpu::BatchStatistics* statistics) {
+  WinogradParams p{};
+  p.map = map_of(z, Layout::kChannelsLast);
+  p.z = z.mutable_data_ptr();
+  p.z_strides = strides_of(z);
+  p.x = input.const_data_ptr();
+  p.x_shape = shape_of(input);
+  p.x_strides = strides_of(input);
+  p.padding_h = padding[0];
+  p.padding_w = padding[1];
+  p.w = weight.const_data_ptr();
+  p.w_strides = strides_of(weight);
+  cpu::winograd(p, statistics, parallel_for);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_moments(
     Tensor input, Tensor conv_weight, OptionalTensor conv_bias, OptionalTensor weight, OptionalTensor bias,
     OptionalTensor mean, OptionalTensor var, Ints stride, Ints padding, Ints dilation, int64_t groups, double eps,
-    std::string activation, double negative_slope, Ints bins) {
+    std::string activation, double negative_slope, Ints bins, bool second_moment) {
   check_map("input", input);
   const Shape s = convolution_shape(input, conv_weight, stride, padding, dilation, groups);
   check_channels("conv_bias", conv_bias, s.c);
@@ -287,10 +311,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_m
   Statistics statistics;
   OptionalTensor z;
   if (mean.has_value()) statistics = {read_values(*mean), read_values(*var)};
-  if (pieces == 1) {
+  cpu::BatchStatistics batch(s.c);
+  const bool winograd = groups == 1 && is_nested_channels_last(input) &&
+                        cpu::has_winograd(map_of(input, s, Layout::kChannelsLast), shape_of(input), strides_of(input),
+                                          window_of(w, stride, padding, dilation));
+  if (winograd) {
+    z = allocate_map(input, s, Layout::kChannelsLast);
+    winograd_convolution(input, w, padding, *z, mean.has_value() ? nullptr : &batch);
+    if (!mean.has_value()) statistics = finish(batch, s.c);
+  } else if (pieces == 1) {
     z = convolution(input, w, stride, padding, dilation, groups);
   } else {
-    cpu::BatchStatistics batch(s.c);
     for (int64_t i = 0; i < pieces; ++i) {
       const int64_t first = s.n * i / pieces, last = s.n * (i + 1) / pieces;
       Tensor narrowed = input;
@@ -305,7 +336,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_m
     if (!mean.has_value()) statistics = finish(batch, s.c);
   }
   const auto [map, layout] = readable(*z);
-  if (pieces == 1 && !mean.has_value()) statistics = batch_statistics(map, layout);
+  if (!winograd && pieces == 1 && !mean.has_value()) statistics = batch_statistics(map, layout);
 
   // The convolution's bias shifts z and its mean alike, so it is never added: only a given mean must lose it.
   if (mean.has_value() && conv_bias.has_value()) {
@@ -313,7 +344,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_m
     for (size_t c = 0; c < shift.size(); ++c) statistics.mean[c] -= shift[c];
   }
   Normalization normalization(map, statistics.mean, statistics.var, weight, bias, eps, act);
-  auto [y, m1, m2, sums] = apply(map, layout, normalization, bins);
+  auto [y, m1, m2, sums] = apply(map, layout, normalization, bins, second_moment);
   return {y, m1, m2, sums, channel_tensor(map, statistics.mean), channel_tensor(map, statistics.var), map};
 }
 
@@ -356,8 +387,9 @@ std::tuple<Tensor, Tensor> bn_act_moments_backward_sums(Tensor z, OptionalTensor
   Values dbeta(channels), dgamma(channels);
 
   if (grad_m1.has_value() || grad_m2.has_value()) {
-    STD_TORCH_CHECK(sums.numel() == 4 * z.size(0) * channels * bins[0] * bins[1] && sums.is_contiguous() &&
-                        sums.scalar_type() == accumulation_type(z.scalar_type()),
+    const int64_t plane = z.size(0) * channels * bins[0] * bins[1];
+    STD_TORCH_CHECK((sums.numel() == 4 * plane || (sums.numel() == 2 * plane && !grad_m2.has_value())) &&
+                        sums.is_contiguous() && sums.scalar_type() == accumulation_type(z.scalar_type()),
                     "sums must be the forward pass's, got shape ", to_string(size_of(sums)));
     const OptionalTensor p1 = dense_gradient(grad_m1, layout), p2 = dense_gradient(grad_m2, layout);
     CellSumsParams p{};
@@ -472,11 +504,7 @@ Tensor fused_weight_gradient(GradientInputs& gradient, const Tensor& input, cons
   p.x = input.const_data_ptr();
   p.x_shape = shape_of(input);
   p.x_strides = strides_of(input);
-  p.kernel_h = conv_weight.size(2);
-  p.kernel_w = conv_weight.size(3);
-  p.stride_h = stride[0], p.stride_w = stride[1];
-  p.padding_h = padding[0], p.padding_w = padding[1];
-  p.dilation_h = dilation[0], p.dilation_w = dilation[1];
+  p.window = window_of(conv_weight, stride, padding, dilation);
   Tensor dw = torch::stable::empty_like(conv_weight);
   if (dw.scalar_type() != ScalarType::Float) dw = torch::stable::to(dw, ScalarType::Float);
   cpu::weight_gradient(p, static_cast<float*>(dw.mutable_data_ptr()), strides_of(dw), parallel_for);
@@ -526,7 +554,8 @@ std::tuple<Tensor, Tensor> conv_backward(bool overwrite, Tensor z, OptionalTenso
                           activation, negative_slope, bins, count);
   const bool same_dtype = conv_weight.scalar_type() == z.scalar_type();
   if (!needs_input && groups == 1 && input.scalar_type() == z.scalar_type() &&
-      cpu::has_weight_gradient(gradient.params.map, shape_of(input), strides_of(input))) {
+      cpu::has_weight_gradient(gradient.params.map, shape_of(input), strides_of(input),
+                               window_of(conv_weight, stride, padding, dilation))) {
     return {empty_vector(z, 0, z.scalar_type()),
             fused_weight_gradient(gradient, input, conv_weight, stride, padding, dilation)};
   }
@@ -578,12 +607,13 @@ STABLE_TORCH_LIBRARY(layerwise_ext, m) {
   m.def("batch_norm_statistics(Tensor z) -> (Tensor mean, Tensor var)");
   m.def(
       "bn_act_moments(Tensor z, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, float eps, str activation, "
-      "float negative_slope, int[] bins) -> (Tensor y, Tensor m1, Tensor m2, Tensor sums, Tensor mean_z, Tensor var_z)");
+      "float negative_slope, int[] bins, bool second_moment) -> (Tensor y, Tensor m1, Tensor m2, Tensor sums, "
+      "Tensor mean_z, Tensor var_z)");
   m.def(
       "conv_bn_act_moments(Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor? weight, Tensor? bias, "
       "Tensor? mean, Tensor? var, int[] stride, int[] padding, int[] dilation, int groups, float eps, str activation, "
-      "float negative_slope, int[] bins) -> (Tensor y, Tensor m1, Tensor m2, Tensor sums, Tensor mean_z, Tensor var_z, "
-      "Tensor z)");
+      "float negative_slope, int[] bins, bool second_moment) -> (Tensor y, Tensor m1, Tensor m2, Tensor sums, "
+      "Tensor mean_z, Tensor var_z, Tensor z)");
   m.def(
       "bn_act_moments_backward_sums(Tensor z, Tensor? grad_y, Tensor? grad_m1, Tensor? grad_m2, Tensor sums, Tensor mean, "
       "Tensor var, Tensor? weight, Tensor? bias, float eps, str activation, float negative_slope, int[] bins) -> "

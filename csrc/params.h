@@ -64,8 +64,8 @@ struct ApplyParams {
   Channels channels;
   Activation activation;
   void* m1;               // [N, C, bins_h, bins_w] of A in the map's layout, or null: no moments
-  void* m2;
-  void* sums;             // A0, A1, B0, B1, each laid out as m1
+  void* m2;               // or null: no second moment
+  void* sums;             // A0, A1 and, for the second moment, B0, B1, each laid out as m1
 };
 
 // Backward 1a: dense part, blocks of the map -> sum of s*g and of s*g*xhat per block.
@@ -110,6 +110,12 @@ struct InputGradientParams {
   Activation activation;
 };
 
+// Kernel of a convolution and how it moves.
+struct Window {
+  int64_t kernel_h, kernel_w;
+  int64_t stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+};
+
 // Weight gradient of a convolution without groups, channels_last, summed in float32: dw[k, c, kh, kw] = sum over samples and output
 // pixels of dz[k] * x[c].  dz is formed in cache, a few rows at a time, and never written to memory.
 struct WeightGradientParams {
@@ -117,10 +123,28 @@ struct WeightGradientParams {
   const void* x;                 // [N, C_in, H_in, W_in], channels_last
   Shape x_shape;
   Strides x_strides;
-  int64_t kernel_h, kernel_w;
-  int64_t stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+  Window window;
   int64_t chunks;                // the samples are cut into so many parts, each with its own dw
-  void* dw;  // [chunks, C_out / block, kernel_h, kernel_w, C_in, block], zeroed; see weight_gradient.h
+  bool winograd;                 // by transformed tiles, see WinogradParams
+};
+
+// Convolution z of x with a 3x3 kernel, stride 1 and without groups, channels_last, by tiles that are transformed; for
+// some of the output channels, and with the statistics of z on the way.
+struct WinogradParams {
+  Map map;  // of z
+  void* z;  // dense
+  Strides z_strides;
+  const void* x;  // in the dtype of z
+  Shape x_shape;
+  Strides x_strides;
+  int64_t padding_h, padding_w;
+  const void* w;  // [C_out, C_in, 3, 3] in the dtype of z
+  Strides w_strides;
+  int64_t channel_begin, channel_end;  // output channels, whole blocks of them
+  float* weights;                      // theirs, transformed; see winograd.h
+  void* block_mean;                    // as in StatisticsParams, [groups * group_blocks, C], or null: no statistics
+  void* block_mean_rest;
+  void* block_m2;
 };
 
 }  // namespace layerwise

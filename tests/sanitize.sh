@@ -24,5 +24,5 @@ export PYTHONPATH="$PWD/build/sanitize/package:$site" OMP_NUM_THREADS=1
 export LD_PRELOAD="$("$cxx" -print-file-name=libasan.so):$("$cxx" -print-file-name=libstdc++.so)"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 "$python" -S -c 'from layerwise_ext._ops import _C; assert _C.build_info()["sanitizers"] == "ON", _C.__file__'
-[ $# -gt 0 ] || set -- -q tests/test_bn_act_moments.py tests/test_conv_bn_act.py
+[ $# -gt 0 ] || set -- -q tests/test_bn_act_moments.py tests/test_conv_bn_act.py tests/test_winograd.py
 exec "$python" -S -m pytest -p no:cacheprovider "$@"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from layerwise_ext import functional
+from layerwise_ext import _ops, functional
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -62,16 +62,17 @@ def _arguments() -> dict[str, tuple[Any, ...]]:
     z = torch.randn(2, 4, 5, 6).contiguous(memory_format=torch.channels_last)
     x = torch.randn(2, 3, 5, 6).contiguous(memory_format=torch.channels_last)
     w, gamma, beta = torch.randn(4, 3, 3, 3), torch.rand(4), torch.randn(4)
+    without = (None, None)  # no running statistics
     form = (1e-5, "relu", 0.0, [2, 3])
     convolution = ([1, 1], [1, 1], [1, 1], 1)
-    _, m1, m2, sums, mean, var = operators.bn_act_moments(z, gamma, beta, None, None, *form)
+    _, m1, m2, sums, mean, var = operators.bn_act_moments(z, gamma, beta, None, None, *form, True)
     gradients = (torch.randn_like(z), torch.randn_like(m1), torch.randn_like(m2))
     dgamma, dbeta = operators.bn_act_moments_backward_sums(z, *gradients, sums, mean, var, gamma, beta, *form)
     backward = (z, *gradients, dgamma, dbeta, mean, var, gamma, beta, *form, 60.0)
     return {
         "batch_norm_statistics": (z,),
-        "bn_act_moments": (z.clone().requires_grad_(), gamma.clone().requires_grad_(), beta, None, None, *form),
-        "conv_bn_act_moments": (x, w.clone().requires_grad_(), None, gamma, beta, None, None, *convolution, *form),
+        "bn_act_moments": (z.clone().requires_grad_(), gamma.clone().requires_grad_(), beta, *without, *form, True),
+        "conv_bn_act_moments": (x, w.clone().requires_grad_(), None, gamma, beta, *without, *convolution, *form, False),
         "bn_act_moments_backward_sums": (z, *gradients, sums, mean, var, gamma, beta, *form),
         "bn_act_moments_backward": backward,
         "conv_bn_act_moments_backward": (*backward, x, w, *convolution, True, True),
@@ -226,6 +227,48 @@ def test_pre_activation_memory_becomes_that_of_its_gradient() -> None:
     with Watch():
         cubes(stage.moments()).backward()
     assert len(seen) == 2 and seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_sums_are_given_back_unless_somebody_holds_them(held: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[bool] = []
+    is_last_reader = _ops._is_last_reader
+
+    def watch(ctx: Any, saved: Tensor) -> bool:
+        answers.append(is_last_reader(ctx, saved))
+        return answers[-1]
+
+    monkeypatch.setattr(_ops, "_is_last_reader", watch)
+    stage = Stage()
+    form = ([1, 1], [1, 1], [1, 1], 1, 1e-5, "relu", 0.0, [2, 2], True)
+    _, m1, _, sums, *_ = operators.conv_bn_act_moments(stage.x, stage.w, *([None] * 5), *form)
+    before, view = sums.clone(), sums[5:] if held else None
+    del sums
+    m1.sum().backward()
+    assert answers[0] is not held
+    if view is not None:
+        assert torch.equal(view, before[5:])
+
+
+@pytest.mark.parametrize("convolution", [True, False])
+def test_without_second_moment(convolution: bool) -> None:
+    """The same numbers, and no m2."""
+    results = []
+    for second_moment in (True, False):
+        torch.manual_seed(0)
+        x = torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+        w = torch.randn(8, 3, 3, 3).requires_grad_()
+        options: dict[str, Any] = {"training": True, "bins": 2, "second_moment": second_moment}
+        m = (
+            functional.conv_bn_act_moments(x, w, padding=1, **options)
+            if convolution
+            else functional.bn_act_moments(F.conv2d(x, w, padding=1), **options)
+        )
+        assert (m.m2 is None) != second_moment
+        ((m.m1**3).sum() + m.y.square().sum()).backward()
+        results.append((m.y.detach(), m.m1.detach(), w.grad))
+    for with_it, without in zip(*results, strict=True):
+        assert torch.equal(with_it, without)
 
 
 # -- What is computed -------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from layerwise_ext import functional
 from layerwise_ext.nn import ConvBNReLU2d, HeadOutput, LocalHead, LocalStage, PooledLinearHead, PooledMoments
 from torch import nn
 
@@ -114,13 +115,32 @@ def test_a_head_of_both_moments() -> None:
         torch.testing.assert_close(mine.grad, theirs.grad, **TOLERANCE)
 
 
-def test_the_linear_head_asks_for_no_gradient_of_the_second_moment() -> None:
+def test_the_linear_head_has_no_second_moment() -> None:
     stage = make_stage(block())
     x, target = data()
     _, moments = stage.moments(x)
     loss = stage.head(moments, target).loss
-    assert torch.autograd.grad(loss, moments.m2, allow_unused=True, retain_graph=True) == (None,)
     assert torch.autograd.grad(loss, moments.m1)[0].shape == (6, 8, 2, 2)
+    for name in ("m2", "second_moment", "variance", "std"):
+        with pytest.raises(RuntimeError, match="second_moment is False"):
+            getattr(moments, name)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("bins", [(2, 2), (3, 2)])  # cells that are alike, and cells that overlap
+def test_the_linear_head_is_pool_flatten_linear(layout: torch.memory_format, bins: tuple[int, int]) -> None:
+    y = torch.randn(6, 8, 5, 6, dtype=torch.float64).contiguous(memory_format=layout)
+    head = PooledLinearHead(8, 10, bins, dtype=torch.float64)
+    m1 = functional.bn_act_moments(y, torch.zeros(8), torch.ones(8), eps=0.0, activation="identity", bins=bins).m1
+    assert m1.is_contiguous(memory_format=layout)
+    expected = head.to_modules()(y)
+    for moments in (PooledMoments(m1, None, (5, 6)), PooledMoments.of(y, bins)):
+        torch.testing.assert_close(head(moments).logits, expected)
+        gradients = [
+            torch.autograd.grad(logits.square().sum(), list(head.parameters()))
+            for logits in (head(moments).logits, head.to_modules()(y))
+        ]
+        torch.testing.assert_close(*gradients)
 
 
 def test_evaluation_without_target_and_without_graph() -> None:

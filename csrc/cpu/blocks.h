@@ -87,13 +87,14 @@ static inline int64_t weight_gradient_rows(const Map& dz) {
 static inline int64_t interleaved_channels(int64_t channels) { return (channels + 31) / 32 * 32; }
 
 // Bytes of the scratch buffer of a task: dz and, for bfloat16, dz and the input rows behind it as pairs of pixels.
-static inline int64_t weight_gradient_scratch(const WeightGradientParams& p) {
+static inline int64_t direct_gradient_scratch(const WeightGradientParams& p) {
   const Map& dz = p.gradient.map;
   const int64_t rows = weight_gradient_rows(dz), pairs = (dz.shape.w + 1) / 2;
   const int64_t plain = rows * dz.shape.w * kWeightGradientBlock * element_size(dz.dtype);
   if (dz.dtype != DType::kBFloat16) return plain;
-  const int64_t x_rows = (rows - 1) * p.stride_h + (p.kernel_h - 1) * p.dilation_h + 1;
-  return plain + 4 * pairs * (rows * kWeightGradientBlock + x_rows * p.kernel_w * interleaved_channels(p.x_shape.c));
+  const int64_t x_rows = (rows - 1) * p.window.stride_h + (p.window.kernel_h - 1) * p.window.dilation_h + 1;
+  return plain +
+         4 * pairs * (rows * kWeightGradientBlock + x_rows * p.window.kernel_w * interleaved_channels(p.x_shape.c));
 }
 
 }  // namespace layerwise::cpu

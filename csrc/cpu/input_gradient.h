@@ -49,9 +49,9 @@ LAYERWISE_INLINE void scaled_cells(const void* gradient, const Segment& rows, co
 
 // dz of the rows of one segment and the channels [c_begin, c_end), written to `target`, whose first element is that of
 // channel c_begin of the pixel (rows.begin, 0).
-template <class T, class A, bool kReLU, bool kQ, bool kDense>
+template <class T, class A, class Target, bool kReLU, bool kQ, bool kDense>
 void input_gradient_rows(const InputGradientParams& p, int64_t n, const Segment& rows, int64_t c_begin, int64_t c_end,
-                         T* target, int64_t target_row, int64_t target_pixel) {
+                         Target* target, int64_t target_row, int64_t target_pixel) {
   const Shape& shape = p.map.shape;
   const Vec<A> negative_slope = broadcast(A(p.activation.negative_slope));
   for (int64_t s = 0; s < segment_count(p.bins_w); ++s) {
@@ -68,7 +68,7 @@ void input_gradient_rows(const InputGradientParams& p, int64_t n, const Segment&
       for (int v = 0; v < kVectors; ++v) two_q[v] += two_q[v];
       for (int64_t h = rows.begin; h < rows.end; ++h) {
         const T* z = at<T>(p.z, p.z_strides, n, c, h, columns.begin);
-        T* dz = target + (h - rows.begin) * target_row + columns.begin * target_pixel + channel;
+        Target* dz = target + (h - rows.begin) * target_row + columns.begin * target_pixel + channel;
         const T* g = kDense ? at<T>(p.grad_y, p.grad_y_strides, n, c, h, columns.begin) : nullptr;
         for (int64_t w = columns.begin; w < columns.end; ++w) {
           Vec<A> value[kVectors], gradient[kVectors];
@@ -95,8 +95,8 @@ void input_gradient_channels_last(const InputGradientParams& p, int64_t begin, i
   for (int64_t t = begin; t < end; ++t) {
     const int64_t n = t / row_segments;
     const Segment rows = segment(t % row_segments, shape.h, p.bins_h);
-    input_gradient_rows<T, A, kReLU, kQ, kDense>(p, n, rows, 0, shape.c, at<T>(p.dz, p.dz_strides, n, 0, rows.begin, 0),
-                                                 p.dz_strides.h, p.dz_strides.w);
+    input_gradient_rows<T, A, T, kReLU, kQ, kDense>(
+        p, n, rows, 0, shape.c, at<T>(p.dz, p.dz_strides, n, 0, rows.begin, 0), p.dz_strides.h, p.dz_strides.w);
   }
 }
 
@@ -132,6 +132,38 @@ void input_gradient_contiguous(const InputGradientParams& p, int64_t begin, int6
         }
       }
     }
+  }
+}
+
+// -- dz where it is needed, instead of in memory -----------------------------------------------------------------------
+
+template <class Target>
+using FormRows = void (*)(const InputGradientParams&, int64_t n, const Segment& rows, int64_t c_begin, int64_t c_end,
+                          Target* target, int64_t target_row, int64_t target_pixel);
+
+template <class T, class Target>
+FormRows<Target> choose_form(const InputGradientParams& p) {
+  FormRows<Target> form = nullptr;
+  for_bool(p.activation.relu, [&](auto relu) {
+    for_bool(p.q != nullptr, [&](auto q) {
+      for_bool(p.grad_y != nullptr,
+               [&](auto dense) { form = input_gradient_rows<T, float, Target, relu.value, q.value, dense.value>; });
+    });
+  });
+  return form;
+}
+
+// dz of rows [h_begin, h_end) of sample n and one block of channels, [rows, W, block].
+template <class Target>
+void form_dz(const InputGradientParams& g, FormRows<Target> form, int64_t n, int64_t h_begin, int64_t h_end,
+             int64_t c_begin, int64_t block, Target* dz) {
+  const Shape& shape = g.map.shape;
+  for (int64_t s = 0; s < segment_count(g.bins_h); ++s) {
+    Segment rows = segment(s, shape.h, g.bins_h);
+    if (rows.begin < h_begin) rows.begin = h_begin;
+    if (rows.end > h_end) rows.end = h_end;
+    if (rows.begin >= rows.end) continue;
+    form(g, n, rows, c_begin, c_begin + block, dz + (rows.begin - h_begin) * shape.w * block, shape.w * block, block);
   }
 }
 

@@ -8,24 +8,13 @@
 #include "blocks.h"
 #include "input_gradient.h"
 #include "kernel_common.h"
+#include "statistics.h"
 #include "weight_gradient.h"
 
 namespace layerwise::cpu::LAYERWISE_ISA {
 namespace {
 
 // -- Statistics -------------------------------------------------------------------------------------------------
-
-// Corrected two-pass: the first pass finds the mean of the block, the second sums deviations from it, so a mean much
-// larger than the deviation does not cancel; the sum of deviations repairs the rounding of the mean itself.
-template <class A>
-struct Deviations {
-  Vec<A> center{}, first{}, second{};
-
-  ALWAYS_INLINE void add(Vec<A> d) {
-    first += d;
-    second += d * d;
-  }
-};
 
 template <class T, class A>
 void statistics_channels_last(const StatisticsParams& p, int64_t begin, int64_t end) {
@@ -41,35 +30,8 @@ void statistics_channels_last(const StatisticsParams& p, int64_t begin, int64_t 
       for (int64_t i = 0; i < block.length; ++i)
         __builtin_memcpy(copy + i * p.z_copy_strides.w, z + i * pitch, shape.c * sizeof(T));
     }
-    A* mean = static_cast<A*>(p.block_mean) + t * shape.c;
-    A* mean_rest = static_cast<A*>(p.block_mean_rest) + t * shape.c;
-    A* m2 = static_cast<A*>(p.block_m2) + t * shape.c;
-    const Vec<A> inverse_count = broadcast(A(1) / A(block.length));
-    for_each_group<T, A>(shape.c, [&](int64_t c, auto group) ALWAYS_INLINE {
-      constexpr int kVectors = group.kVectors;
-      Vec<A> value[kVectors], sum[kVectors] = {};
-      const T* pixel = z + c;
-      for (int64_t i = 0; i < block.length; ++i, pixel += pitch) {
-        group.get(pixel, value);
-        for (int v = 0; v < kVectors; ++v) sum[v] += value[v];
-      }
-      Deviations<A> d[kVectors];
-      for (int v = 0; v < kVectors; ++v) d[v].center = sum[v] * inverse_count;
-      pixel = z + c;
-      for (int64_t i = 0; i < block.length; ++i, pixel += pitch) {
-        group.get(pixel, value);
-        for (int v = 0; v < kVectors; ++v) d[v].add(value[v] - d[v].center);
-      }
-      Vec<A> center[kVectors], rest[kVectors], second[kVectors];
-      for (int v = 0; v < kVectors; ++v) {
-        center[v] = d[v].center;
-        rest[v] = d[v].first * inverse_count;
-        second[v] = d[v].second - d[v].first * rest[v];
-      }
-      group.put(mean + c, center);
-      group.put(mean_rest + c, rest);
-      group.put(m2 + c, second);
-    });
+    block_statistics<T>(z, pitch, block.length, 0, shape.c, static_cast<A*>(p.block_mean) + t * shape.c,
+                        static_cast<A*>(p.block_mean_rest) + t * shape.c, static_cast<A*>(p.block_m2) + t * shape.c);
   }
 }
 
@@ -128,16 +90,17 @@ void statistics_contiguous(const StatisticsParams& p, int64_t begin, int64_t end
 // -- Apply ------------------------------------------------------------------------------------------------------
 
 // The sums over one cell (params.h), of a group of channels; with ReLU s*y = y, so B0 is m1.
-template <class A, bool kReLU, int kVectors>
+template <class A, bool kReLU, bool kSecond, int kVectors>
 struct CellSums {
   Vec<A> m1[kVectors] = {}, m2[kVectors] = {}, a0[kVectors] = {}, a1[kVectors] = {}, b0[kVectors] = {},
          b1[kVectors] = {};
 
   ALWAYS_INLINE void add(int v, Activated<Vec<A>> a, Vec<A> t) {
     m1[v] += a.y;
-    m2[v] += a.y * a.y;
     a0[v] += a.slope;
     a1[v] += a.slope * t;
+    if constexpr (!kSecond) return;
+    m2[v] += a.y * a.y;
     if constexpr (kReLU) {
       b1[v] += a.y * t;
     } else {
@@ -158,15 +121,16 @@ struct CellSums {
       if constexpr (kReLU) b0[v] = m1[v];
     }
     put(static_cast<A*>(p.m1) + offset, m1);
-    put(static_cast<A*>(p.m2) + offset, m2);
     put(sums, a0);
     put(sums + plane, a1);
+    if constexpr (!kSecond) return;
+    put(static_cast<A*>(p.m2) + offset, m2);
     put(sums + 2 * plane, b0);
     put(sums + 3 * plane, b1);
   }
 };
 
-template <class T, class A, bool kReLU, bool kMoments>
+template <class T, class A, bool kReLU, bool kMoments, bool kSecond>
 void apply_channels_last(const ApplyParams& p, int64_t begin, int64_t end) {
   const Shape& shape = p.map.shape;
   const Vec<A> negative_slope = broadcast(A(p.activation.negative_slope));
@@ -179,7 +143,7 @@ void apply_channels_last(const ApplyParams& p, int64_t begin, int64_t end) {
       for_each_group<T, A>(shape.c, [&](int64_t c, auto group) ALWAYS_INLINE {
         constexpr int kVectors = group.kVectors;
         const Coefficients<A, kVectors> k(p.channels, c, group);
-        CellSums<A, kReLU, kVectors> sums;
+        CellSums<A, kReLU, kSecond, kVectors> sums;
         const auto row = [&](int64_t h, auto write) ALWAYS_INLINE {
           const T* z = at<T>(p.z, p.z_strides, n, c, h, w_begin);
           T* y = at<T>(p.y, p.y_strides, n, c, h, w_begin);
@@ -211,7 +175,7 @@ void apply_channels_last(const ApplyParams& p, int64_t begin, int64_t end) {
   }
 }
 
-template <class T, class A, bool kReLU, bool kMoments>
+template <class T, class A, bool kReLU, bool kMoments, bool kSecond>
 void apply_contiguous(const ApplyParams& p, int64_t begin, int64_t end) {
   const Shape& shape = p.map.shape;
   const Vec<A> negative_slope = broadcast(A(p.activation.negative_slope));
@@ -221,7 +185,7 @@ void apply_contiguous(const ApplyParams& p, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < p.bins_h; ++i) {
       for (int64_t j = 0; j < p.bins_w; ++j) {
         const int64_t w_begin = cell_begin(j, shape.w, p.bins_w), w_end = cell_end(j, shape.w, p.bins_w);
-        CellSums<A, kReLU, 1> sums;
+        CellSums<A, kReLU, kSecond, 1> sums;
         for (int64_t h = cell_begin(i, shape.h, p.bins_h); h < cell_end(i, shape.h, p.bins_h); ++h) {
           const T* z = at<T>(p.z, p.z_strides, n, c, h, w_begin);
           T* y = at<T>(p.y, p.y_strides, n, c, h, w_begin);
@@ -355,10 +319,13 @@ void apply(const ApplyParams& p, int64_t begin, int64_t end) {
     using A = typename ComputeType<T>::type;
     for_bool(p.activation.relu, [&](auto relu) {
       for_bool(p.m1 != nullptr, [&](auto moments) {
-        if (p.map.layout == Layout::kChannelsLast)
-          apply_channels_last<T, A, relu.value, moments.value>(p, begin, end);
-        else
-          apply_contiguous<T, A, relu.value, moments.value>(p, begin, end);
+        for_bool(p.m2 != nullptr, [&](auto second) {
+          constexpr bool kSecond = moments.value && second.value;
+          if (p.map.layout == Layout::kChannelsLast)
+            apply_channels_last<T, A, relu.value, moments.value, kSecond>(p, begin, end);
+          else
+            apply_contiguous<T, A, relu.value, moments.value, kSecond>(p, begin, end);
+        });
       });
     });
   });
@@ -404,11 +371,17 @@ void input_gradient(const InputGradientParams& p, int64_t begin, int64_t end) {
 }  // namespace
 
 #if defined(__AVX512BF16__)
-extern const Kernels kernels = {statistics, apply, dense_sums, cell_sums, input_gradient, weight_gradient, true};
-#elif defined(__AVX512F__)
-extern const Kernels kernels = {statistics, apply, dense_sums, cell_sums, input_gradient, weight_gradient, false};
+constexpr bool kPairs = true;
 #else
-extern const Kernels kernels = {statistics, apply, dense_sums, cell_sums, input_gradient, nullptr, false};
+constexpr bool kPairs = false;
+#endif
+
+#if defined(__AVX512F__)
+extern const Kernels kernels = {statistics,       apply,    dense_sums,      cell_sums, input_gradient,
+                                winograd_weights, winograd, weight_gradient, kPairs};
+#else
+extern const Kernels kernels = {statistics, apply,   dense_sums, cell_sums, input_gradient,
+                                nullptr,    nullptr, nullptr,    kPairs};
 #endif
 
 }  // namespace layerwise::cpu::LAYERWISE_ISA

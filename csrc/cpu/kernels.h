@@ -13,10 +13,12 @@ struct Kernels {
   void (*cell_sums)(const CellSumsParams&, int64_t begin, int64_t end);  // channels
   void (*input_gradient)(const InputGradientParams&, int64_t begin,
                          int64_t end);  // channels_last: (n, row segment); contiguous: (n, c)
-  // Null where the instruction set has too few registers for it to beat the library's convolution.
-  void (*weight_gradient)(const WeightGradientParams&, int64_t begin, int64_t end,
-                          void* scratch);  // (chunk, channel block)
-  bool weight_gradient_bfloat16;           // whether it takes bfloat16, too
+  // Null where the instruction set has too few registers for these to beat the library's convolution.
+  void (*winograd_weights)(const WinogradParams&, int64_t begin, int64_t end);               // input channels
+  void (*winograd)(const WinogradParams&, int64_t begin, int64_t end, void* scratch);        // groups of tiles
+  // Writes dw, [kernel_h, kernel_w, C_in, block], for one chunk of the samples and one block of output channels.
+  void (*weight_gradient)(const WeightGradientParams&, int64_t chunk, int64_t block, float* dw, void* scratch);
+  bool pairs;  // whether it multiplies pairs of bfloat16
 };
 
 // Defined by kernels.cpp, which is compiled once for each instruction set.

@@ -14,11 +14,12 @@ namespace layerwise::cpu {
 namespace {
 
 constexpr int64_t kHugePage = 2 << 20;
+constexpr int64_t kGranularity = 64 << 10;  // the rest of a block behind its last whole huge page is on small ones
 constexpr int64_t kDefaultCacheLimit = int64_t{1} << 30;
 // A cached block serves a request that fills at least this share of it.
 constexpr int64_t kWorstFit = 2;
 
-int64_t round_up(int64_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugePage; }
+int64_t round_up(int64_t bytes) { return (bytes + kGranularity - 1) / kGranularity * kGranularity; }
 
 // Aligned to a huge page: maps one page more than needed and cuts off what lies outside.
 void* map_pages(int64_t bytes) {

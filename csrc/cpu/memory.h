@@ -7,10 +7,11 @@
 #pragma once
 
 #include <cstdint>
+#include <new>
 
 namespace layerwise::cpu {
 
-// Blocks at least this large come from the pool, rounded up to huge pages.
+// Blocks at least this large come from the pool.
 constexpr int64_t kPooledBytes = 4 << 20;
 
 // Throws std::bad_alloc.  The memory is aligned to a huge page and uninitialised.
@@ -21,5 +22,18 @@ void set_cache_limit(int64_t bytes);  // throws std::invalid_argument for a nega
 int64_t cache_limit();
 int64_t cached_bytes();
 void empty_cache();
+
+// Uninitialised workspace of one pass, aligned to a cache line.  The C library keeps blocks of this size.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : data_(::operator new(bytes, kAlignment)) {}
+  ~Scratch() { ::operator delete(data_, kAlignment); }
+  Scratch(const Scratch&) = delete;
+  void* data() { return data_; }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  void* data_;
+};
 
 }  // namespace layerwise::cpu

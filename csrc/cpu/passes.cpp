@@ -5,6 +5,8 @@
 
 #include "blocks.h"
 #include "dispatch.h"
+#include "memory.h"
+#include "winograd_plan.h"
 
 namespace layerwise::cpu {
 namespace {
@@ -55,6 +57,13 @@ void BatchStatistics::add(StatisticsParams p, const ParallelFor& parallel_for) {
     block_mean_.push_back(mean[i] + mean_rest[i]);
     block_m2_.push_back(m2[i]);
   }
+}
+
+void BatchStatistics::add_block(int64_t elements, const float* mean, const float* mean_rest, const float* m2) {
+  elements_ += elements;
+  block_elements_.push_back(elements);
+  for (int64_t c = 0; c < channels_; ++c) block_mean_.push_back(static_cast<double>(mean[c]) + mean_rest[c]);
+  block_m2_.insert(block_m2_.end(), m2, m2 + channels_);
 }
 
 // Chan, Golub, LeVeque 1983, all blocks at once: M2 = sum of the blocks' M2 and of count * (mean of block - mean)^2.
@@ -108,48 +117,146 @@ void input_gradient(const InputGradientParams& p, const ParallelFor& parallel_fo
   run(kernels().input_gradient, p, channels_last ? s.n * segment_count(p.bins_h) : s.n * s.c, parallel_for);
 }
 
-bool has_weight_gradient(const Map& dz, const Shape& x_shape, const Strides& x_strides) {
+bool has_winograd(const Map& z, const Shape& x_shape, const Strides& x_strides, const Window& window) {
+  return kernels().winograd != nullptr && winograd_applies(z, x_shape, x_strides, window);
+}
+
+void winograd(WinogradParams p, BatchStatistics* statistics, const ParallelFor& parallel_for) {
+  // Transformed weights for so many output channels at a time; what is transformed of the inputs is so again each time.
+  constexpr int64_t kWeightBytes = 4 << 20;
+  const int64_t channels = p.map.shape.c, inputs = p.x_shape.c;
+  const WinogradPlan plan = winograd_plan(p.map, inputs);
+  const int64_t block_bytes = winograd_weights(plan, inputs, kWinogradBlock) * sizeof(float);
+  const int64_t step = std::max<int64_t>(1, kWeightBytes / block_bytes) * kWinogradBlock;
+  Scratch weights(winograd_weights(plan, inputs, std::min(step, channels)) * sizeof(float));
+  p.weights = static_cast<float*>(weights.data());
+
+  const int64_t size = plan.groups * plan.group_blocks * channels;
+  std::vector<float> blocks(statistics == nullptr ? 0 : 3 * size);
+  if (statistics != nullptr) {
+    p.block_mean = blocks.data();
+    p.block_mean_rest = blocks.data() + size;
+    p.block_m2 = blocks.data() + 2 * size;
+  }
+  for (p.channel_begin = 0; p.channel_begin < channels; p.channel_begin = p.channel_end) {
+    p.channel_end = std::min(p.channel_begin + step, channels);
+    const int64_t taps = kWinogradTaps * kWinogradTaps * (p.channel_end - p.channel_begin);
+    parallel_for(inputs, std::max<int64_t>(1, kGrainElements / taps),
+                 [&](int64_t begin, int64_t end) { kernels().winograd_weights(p, begin, end); });
+    parallel_for(plan.groups, 1, [&](int64_t begin, int64_t end) {
+      Scratch scratch(winograd_scratch(plan, inputs));
+      kernels().winograd(p, begin, end, scratch.data());
+    });
+  }
+  if (statistics == nullptr) return;
+  for (int64_t group = 0; group < plan.groups; ++group) {
+    const int64_t end = std::min((group + 1) * plan.group_rows, plan.rows);
+    const PixelRun run = winograd_pixels(plan, p.map.shape, group * plan.group_rows, end);
+    for (int64_t b = 0, pixel = run.first; pixel < run.last; ++b, pixel += kBlockLength) {
+      const float* block = blocks.data() + (group * plan.group_blocks + b) * channels;
+      statistics->add_block(std::min(run.last - pixel, kBlockLength), block, block + size, block + 2 * size);
+    }
+  }
+}
+
+bool has_weight_gradient(const Map& dz, const Shape& x_shape, const Strides& x_strides, const Window& window) {
+  if (has_winograd(dz, x_shape, x_strides, window)) return true;
   // Narrower maps leave too few sums in flight; measured, the library's convolution is then up to 1.1 times faster.
   constexpr int64_t kFewestInputs = 16, kFewestOutputs = 32;
-  const bool dtype =
-      dz.dtype == DType::kFloat32 || (dz.dtype == DType::kBFloat16 && kernels().weight_gradient_bfloat16);
+  const bool dtype = dz.dtype == DType::kFloat32 || (dz.dtype == DType::kBFloat16 && kernels().pairs);
   return kernels().weight_gradient != nullptr && dtype && dz.layout == Layout::kChannelsLast &&
          dz.shape.c % kWeightGradientLanes == 0 && dz.shape.c >= kFewestOutputs && x_shape.c >= kFewestInputs &&
          x_strides.c == 1;
 }
 
+namespace {
+
+// A block of the weight's gradient, [kernel_h, kernel_w, c_end - c_begin, k_end - k_begin], and where it lies among all.
+struct WeightBlock {
+  int64_t index, k_begin, k_end, c_begin, c_end, offset;
+};
+
+WeightBlock weight_block(const WeightGradientParams& p, int64_t index) {
+  const int64_t inputs = p.x_shape.c, outputs = p.gradient.map.shape.c;
+  const int64_t step = weight_gradient_inputs(p), input_blocks = divide_up(inputs, step);
+  WeightBlock b{};
+  b.index = index / input_blocks;
+  b.k_begin = b.index * kWeightGradientBlock;
+  b.k_end = std::min(b.k_begin + kWeightGradientBlock, outputs);
+  b.c_begin = index % input_blocks * step;
+  b.c_end = std::min(b.c_begin + step, inputs);
+  b.offset = p.window.kernel_h * p.window.kernel_w * (b.k_begin * inputs + b.c_begin * (b.k_end - b.k_begin));
+  return b;
+}
+
+WeightGradientParams narrow_inputs(WeightGradientParams p, const WeightBlock& b) {
+  p.x = static_cast<const char*>(p.x) + b.c_begin * element_size(p.gradient.map.dtype);
+  p.x_shape.c = b.c_end - b.c_begin;
+  return p;
+}
+
+}  // namespace
+
 void weight_gradient(WeightGradientParams p, float* dw, const Strides& dw_strides, const ParallelFor& parallel_for) {
   // Enough tasks for many cores, as long as the partial results stay small; from the shape alone, as always.
   constexpr int64_t kTasks = 16, kPartialBytes = 1 << 20;
   const Shape& shape = p.gradient.map.shape;
-  const int64_t blocks = weight_gradient_blocks(shape);
-  const int64_t kernel = p.kernel_h * p.kernel_w;
-  const int64_t size = shape.c * kernel * p.x_shape.c;
+  p.winograd = has_winograd(p.gradient.map, p.x_shape, p.x_strides, p.window);
+  const int64_t blocks = weight_gradient_blocks(shape) * divide_up(p.x_shape.c, weight_gradient_inputs(p));
+  const int64_t taps = p.window.kernel_h * p.window.kernel_w;
+  const int64_t size = shape.c * taps * p.x_shape.c;
   const int64_t affordable = kPartialBytes / (size * static_cast<int64_t>(sizeof(float)));
-  const int64_t wanted = std::clamp<int64_t>(std::min((kTasks + blocks - 1) / blocks, affordable), 1, shape.n);
+  const int64_t wanted = std::clamp<int64_t>(std::min(divide_up(kTasks, blocks), affordable), 1, shape.n);
   p.chunks = std::bit_floor(static_cast<uint64_t>(wanted));  // a power of two shares out evenly
 
-  std::vector<float> partial(p.chunks * size);
-  p.dw = partial.data();
-  parallel_for(p.chunks * blocks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<char> scratch(weight_gradient_scratch(p));
-    kernels().weight_gradient(p, begin, end, scratch.data());
-  });
+  const auto compute = [&](int64_t chunk, const WeightBlock& b, float* target, Scratch& scratch) {
+    kernels().weight_gradient(narrow_inputs(p, b), chunk, b.index, target, scratch.data());
+  };
+  // One tap of a block, in dw's own order.
+  const auto write = [&](const WeightBlock& b, int64_t tap, const float* block) {
+    const int64_t inputs = b.c_end - b.c_begin, outputs = b.k_end - b.k_begin;
+    const float* source = block + tap * inputs * outputs;
+    float* target = dw + b.k_begin * dw_strides.n + b.c_begin * dw_strides.c + tap / p.window.kernel_w * dw_strides.h +
+                    tap % p.window.kernel_w * dw_strides.w;
+    // A few inputs at a time, so that what is read with a stride stays in the L1 cache and what is written is in lines.
+    for (int64_t first = 0; first < inputs; first += kWinogradLanes) {
+      const int64_t last = std::min(first + kWinogradLanes, inputs);
+      for (int64_t k = 0; k < outputs; ++k)
+        for (int64_t c = first; c < last; ++c) target[k * dw_strides.n + c * dw_strides.c] = source[c * outputs + k];
+    }
+  };
 
-  // The chunks are summed where they lie, then [block, kh, kw, c, k in block] becomes dw's own order.
+  if (p.chunks == 1) {
+    parallel_for(blocks, 1, [&](int64_t begin, int64_t end) {
+      Scratch scratch(weight_gradient_scratch(p));
+      Scratch result(weight_gradient_inputs(p) * std::min(kWeightGradientBlock, shape.c) * taps * sizeof(float));
+      float* target = static_cast<float*>(result.data());
+      for (int64_t i = begin; i < end; ++i) {
+        const WeightBlock b = weight_block(p, i);
+        compute(0, b, target, scratch);
+        for (int64_t tap = 0; tap < taps; ++tap) write(b, tap, target);
+      }
+    });
+    return;
+  }
+
+  Scratch partial(p.chunks * size * sizeof(float));
+  float* sums = static_cast<float*>(partial.data());
+  parallel_for(p.chunks * blocks, 1, [&](int64_t begin, int64_t end) {
+    Scratch scratch(weight_gradient_scratch(p));
+    for (int64_t t = begin; t < end; ++t) {
+      const WeightBlock b = weight_block(p, t % blocks);
+      compute(t / blocks, b, sums + t / blocks * size + b.offset, scratch);
+    }
+  });
   parallel_for(size, kGrainElements, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = 1; chunk < p.chunks; ++chunk)
-      for (int64_t i = begin; i < end; ++i) partial[i] += partial[chunk * size + i];
+      for (int64_t i = begin; i < end; ++i) sums[i] += sums[chunk * size + i];
   });
-  const int64_t inputs = p.x_shape.c;
-  parallel_for(blocks * kernel, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(blocks * taps, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      const int64_t first = t / kernel * kWeightGradientBlock, tap = t % kernel;
-      const int64_t block = std::min(kWeightGradientBlock, shape.c - first);
-      const float* source = partial.data() + (first * kernel + tap * block) * inputs;
-      float* target = dw + first * dw_strides.n + tap / p.kernel_w * dw_strides.h + tap % p.kernel_w * dw_strides.w;
-      for (int64_t c = 0; c < inputs; ++c)
-        for (int64_t k = 0; k < block; ++k) target[k * dw_strides.n + c * dw_strides.c] = source[c * block + k];
+      const WeightBlock b = weight_block(p, t / taps);
+      write(b, t % taps, sums + b.offset);
     }
   });
 }

@@ -19,6 +19,8 @@ class BatchStatistics {
 
   // The outputs of p are set here.
   void add(StatisticsParams p, const ParallelFor& parallel_for);
+  // One more block of so many elements per channel; the arguments are indexed by channel.
+  void add_block(int64_t elements, const float* mean, const float* mean_rest, const float* m2);
   void finish(double* mean, double* var) const;  // [C] each
 
  private:
@@ -37,10 +39,16 @@ void cell_sums(const CellSumsParams& p, const ParallelFor& parallel_for);
 
 void input_gradient(const InputGradientParams& p, const ParallelFor& parallel_for);
 
-// Whether the kernels in use can do it and gain by it: channels_last float32 with enough channels, AVX-512.
-bool has_weight_gradient(const Map& dz, const Shape& x_shape, const Strides& x_strides);
+// Whether the kernels in use have Winograd's convolution for this one and gain by it: 3x3, stride 1, channels_last.
+bool has_winograd(const Map& z, const Shape& x_shape, const Strides& x_strides, const Window& window);
 
-// Writes dw[k, c, kh, kw] through its strides {k, c, kh, kw}.  chunks and dw of p are set here.
+// Writes z, and its statistics where asked for.  Channels, weights and blocks of p are set here.
+void winograd(WinogradParams p, BatchStatistics* statistics, const ParallelFor& parallel_for);
+
+// Whether the kernels in use can do it and gain by it: channels_last with enough channels, AVX-512.
+bool has_weight_gradient(const Map& dz, const Shape& x_shape, const Strides& x_strides, const Window& window);
+
+// Writes dw[k, c, kh, kw] through its strides {k, c, kh, kw}.  chunks and winograd of p are set here.
 void weight_gradient(WeightGradientParams p, float* dw, const Strides& dw_strides, const ParallelFor& parallel_for);
 
 }  // namespace layerwise::cpu

@@ -93,6 +93,14 @@ LAYERWISE_INLINE void store(BFloat16* target, Vec<float> v) {
   __builtin_memcpy(target, &h, sizeof h);
 }
 
+LAYERWISE_INLINE float load_one(const float* source) { return *source; }
+LAYERWISE_INLINE float load_one(const BFloat16* source) {
+  const uint32_t bits = static_cast<uint32_t>(source->bits) << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 // -- The first `count` lanes, 0 < count < lanes: the others load as zero and are not stored ---------------------------
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)

@@ -7,6 +7,7 @@
 
 #include "blocks.h"
 #include "input_gradient.h"
+#include "winograd.h"
 
 namespace layerwise::cpu::LAYERWISE_ISA {
 namespace {
@@ -29,26 +30,6 @@ Range valid_range(int64_t outputs, int64_t inputs, int64_t stride, int64_t offse
   const int64_t end = inputs - offset <= 0 ? 0 : (inputs - offset + stride - 1) / stride;
   return {begin, end < outputs ? end : outputs};
 }
-
-// Asks for memory ahead of its use, a few lines at a time between tiles: a tile touches one line of each pixel, which
-// no hardware prefetcher foresees.
-class Prefetcher {
- public:
-  // `pixels` pieces of `bytes`, each `pitch` bytes after the one before.
-  Prefetcher(const void* first, int64_t pixels, int64_t pitch, int64_t bytes, int64_t steps)
-      : next_(static_cast<const char*>(first)), pixels_(pixels), pitch_(pitch), bytes_(bytes) {
-    per_step_ = (pixels + steps - 1) / steps;
-  }
-
-  void step() {
-    for (int64_t i = 0; i < per_step_ && pixels_ > 0; ++i, --pixels_, next_ += pitch_)
-      for (int64_t b = 0; b < bytes_; b += 64) __builtin_prefetch(next_ + b, 0, 2);
-  }
-
- private:
-  const char* next_;
-  int64_t pixels_, pitch_, bytes_, per_step_;
-};
 
 // One tap and one tile over some rows.
 struct TileRows {
@@ -102,34 +83,35 @@ void add_rows(const WeightGradientParams& p, int64_t n, int64_t h_begin, int64_t
   const Shape& out = p.gradient.map.shape;
   const Shape& in = p.x_shape;
   const int64_t tiles = (in.c + tile_inputs(kVectors) - 1) / tile_inputs(kVectors);
-  const int64_t steps = p.kernel_h * p.kernel_w * tiles;
+  const int64_t steps = p.window.kernel_h * p.window.kernel_w * tiles;
   const int64_t bytes = sizeof(float);
   // What the next rows will need; past the end of the map nothing is read, and asking does no harm.
-  const int64_t x_known = (h_end - 1) * p.stride_h + (p.kernel_h - 1) * p.dilation_h - p.padding_h + 1;
+  const int64_t x_known =
+      (h_end - 1) * p.window.stride_h + (p.window.kernel_h - 1) * p.window.dilation_h - p.window.padding_h + 1;
   Prefetcher z(at<float>(p.gradient.z, p.gradient.z_strides, n, c_begin, h_end, 0), (h_end - h_begin) * out.w,
                p.gradient.z_strides.w * bytes, kBlock * bytes, steps);
-  Prefetcher x_ahead(at<float>(p.x, p.x_strides, n, 0, x_known, 0), (h_end - h_begin) * p.stride_h * in.w,
+  Prefetcher x_ahead(at<float>(p.x, p.x_strides, n, 0, x_known, 0), (h_end - h_begin) * p.window.stride_h * in.w,
                      p.x_strides.w * bytes, in.c * bytes, steps);
-  for (int64_t kh = 0; kh < p.kernel_h; ++kh) {
-    const int64_t offset_h = kh * p.dilation_h - p.padding_h;
-    const Range valid = valid_range(out.h, in.h, p.stride_h, offset_h);
+  for (int64_t kh = 0; kh < p.window.kernel_h; ++kh) {
+    const int64_t offset_h = kh * p.window.dilation_h - p.window.padding_h;
+    const Range valid = valid_range(out.h, in.h, p.window.stride_h, offset_h);
     const int64_t first = valid.begin > h_begin ? valid.begin : h_begin;
     const int64_t last = valid.end < h_end ? valid.end : h_end;
     if (first >= last) continue;
-    for (int64_t kw = 0; kw < p.kernel_w; ++kw) {
-      const int64_t offset_w = kw * p.dilation_w - p.padding_w;
-      const Range columns = valid_range(out.w, in.w, p.stride_w, offset_w);
+    for (int64_t kw = 0; kw < p.window.kernel_w; ++kw) {
+      const int64_t offset_w = kw * p.window.dilation_w - p.window.padding_w;
+      const Range columns = valid_range(out.w, in.w, p.window.stride_w, offset_w);
       if (columns.begin >= columns.end) continue;
-      const float* x =
-          at<float>(p.x, p.x_strides, n, 0, first * p.stride_h + offset_h, columns.begin * p.stride_w + offset_w);
+      const float* x = at<float>(p.x, p.x_strides, n, 0, first * p.window.stride_h + offset_h,
+                                 columns.begin * p.window.stride_w + offset_w);
       TileRows t{dz + ((first - h_begin) * out.w + columns.begin) * kBlock,
                  out.w * kBlock,
                  x,
-                 p.stride_h * p.x_strides.h,
-                 p.stride_w * p.x_strides.w,
+                 p.window.stride_h * p.x_strides.h,
+                 p.window.stride_w * p.x_strides.w,
                  last - first,
                  columns.end - columns.begin};
-      float* tap = dw + (kh * p.kernel_w + kw) * in.c * kBlock;
+      float* tap = dw + (kh * p.window.kernel_w + kw) * in.c * kBlock;
       // Tiles of nearly equal size: a narrow last one would wait for its few sums instead of multiplying.
       for (int64_t i = 0; i < tiles; ++i) {
         const int64_t c = i * in.c / tiles;
@@ -142,42 +124,12 @@ void add_rows(const WeightGradientParams& p, int64_t n, int64_t h_begin, int64_t
   }
 }
 
-template <class T>
-using FormRows = void (*)(const InputGradientParams&, int64_t n, const Segment& rows, int64_t c_begin, int64_t c_end,
-                          T* target, int64_t target_row, int64_t target_pixel);
-
-template <class T>
-FormRows<T> choose_form(const InputGradientParams& p) {
-  FormRows<T> form = nullptr;
-  for_bool(p.activation.relu, [&](auto relu) {
-    for_bool(p.q != nullptr, [&](auto q) {
-      for_bool(p.grad_y != nullptr,
-               [&](auto dense) { form = input_gradient_rows<T, float, relu.value, q.value, dense.value>; });
-    });
-  });
-  return form;
-}
-
-// dz of rows [h_begin, h_end) of sample n and one block of channels, [rows, W, block].
-template <class T>
-void form_dz(const InputGradientParams& g, FormRows<T> form, int64_t n, int64_t h_begin, int64_t h_end, int64_t c_begin,
-             int64_t block, T* dz) {
-  const Shape& shape = g.map.shape;
-  for (int64_t s = 0; s < segment_count(g.bins_h); ++s) {
-    Segment rows = segment(s, shape.h, g.bins_h);
-    if (rows.begin < h_begin) rows.begin = h_begin;
-    if (rows.end > h_end) rows.end = h_end;
-    if (rows.begin >= rows.end) continue;
-    form(g, n, rows, c_begin, c_begin + block, dz + (rows.begin - h_begin) * shape.w * block, shape.w * block, block);
-  }
-}
-
 template <int kVectors>
 void float32_task(const WeightGradientParams& p, int64_t chunk, int64_t c_begin, float* dw, void* scratch) {
   constexpr int kBlock = kVectors * kLanes<float>;
   const InputGradientParams& g = p.gradient;
   const Shape& shape = g.map.shape;
-  const FormRows<float> form = choose_form<float>(g);
+  const FormRows<float> form = choose_form<float, float>(g);
   const int64_t rows = weight_gradient_rows(g.map);
   float* dz = static_cast<float*>(scratch);
   for (int64_t n = chunk * shape.n / p.chunks; n < (chunk + 1) * shape.n / p.chunks; ++n) {
@@ -274,11 +226,11 @@ void bfloat16_task(const WeightGradientParams& p, int64_t chunk, int64_t c_begin
   const InputGradientParams& g = p.gradient;
   const Shape& out = g.map.shape;
   const Shape& in = p.x_shape;
-  const FormRows<BFloat16> form = choose_form<BFloat16>(g);
+  const FormRows<BFloat16> form = choose_form<BFloat16, BFloat16>(g);
   const int64_t rows = weight_gradient_rows(g.map);
   const int64_t pairs = (out.w + 1) / 2;
   const int64_t channel_pitch = interleaved_channels(in.c);
-  const int64_t x_pair = 2 * channel_pitch, x_column = pairs * x_pair, x_input_row = p.kernel_w * x_column;
+  const int64_t x_pair = 2 * channel_pitch, x_column = pairs * x_pair, x_input_row = p.window.kernel_w * x_column;
   BFloat16* dz = static_cast<BFloat16*>(scratch);      // [rows, W, block]
   BFloat16* dz_pairs = dz + rows * out.w * kBlock;     // [rows, pairs, block, 2]
   BFloat16* x_pairs = dz_pairs + rows * pairs * 2 * kBlock;  // [input rows, kernel_w, pairs, C_in, 2]
@@ -290,29 +242,31 @@ void bfloat16_task(const WeightGradientParams& p, int64_t chunk, int64_t c_begin
       for (int64_t r = 0; r < h_end - h; ++r)
         interleave_pixels(dz + r * out.w * kBlock, kBlock, out.w, 0, 1, out.w, kBlock, kBlock,
                           dz_pairs + r * pairs * 2 * kBlock);
-      const int64_t x_first = h * p.stride_h - p.padding_h;  // the input row of output row h and the kernel's first row
-      const int64_t x_last = (h_end - 1) * p.stride_h - p.padding_h + (p.kernel_h - 1) * p.dilation_h;
+      const int64_t x_first =
+          h * p.window.stride_h - p.window.padding_h;  // the input row of output row h and the kernel's first row
+      const int64_t x_last =
+          (h_end - 1) * p.window.stride_h - p.window.padding_h + (p.window.kernel_h - 1) * p.window.dilation_h;
       for (int64_t row = x_first < 0 ? 0 : x_first; row <= x_last && row < in.h; ++row)
-        for (int64_t kw = 0; kw < p.kernel_w; ++kw)
+        for (int64_t kw = 0; kw < p.window.kernel_w; ++kw)
           interleave_pixels(at<BFloat16>(p.x, p.x_strides, n, 0, row, 0), p.x_strides.w, in.w,
-                            kw * p.dilation_w - p.padding_w, p.stride_w, out.w, in.c, channel_pitch,
-                            x_pairs + (row - x_first) * x_input_row + kw * x_column);
-      for (int64_t kh = 0; kh < p.kernel_h; ++kh) {
-        const Range valid = valid_range(out.h, in.h, p.stride_h, kh * p.dilation_h - p.padding_h);
+                            kw * p.window.dilation_w - p.window.padding_w, p.window.stride_w, out.w, in.c,
+                            channel_pitch, x_pairs + (row - x_first) * x_input_row + kw * x_column);
+      for (int64_t kh = 0; kh < p.window.kernel_h; ++kh) {
+        const Range valid = valid_range(out.h, in.h, p.window.stride_h, kh * p.window.dilation_h - p.window.padding_h);
         const int64_t first = valid.begin > h ? valid.begin : h;
         const int64_t last = valid.end < h_end ? valid.end : h_end;
         if (first >= last) continue;
-        const int64_t x_offset = first * p.stride_h + kh * p.dilation_h - p.padding_h - x_first;
-        for (int64_t kw = 0; kw < p.kernel_w; ++kw) {
+        const int64_t x_offset = first * p.window.stride_h + kh * p.window.dilation_h - p.window.padding_h - x_first;
+        for (int64_t kw = 0; kw < p.window.kernel_w; ++kw) {
           const BFloat16* x = x_pairs + x_offset * x_input_row + kw * x_column;
           PairRows t{dz_pairs + (first - h) * pairs * 2 * kBlock,
                      pairs * 2 * kBlock,
                      x,
-                     p.stride_h * x_input_row,
+                     p.window.stride_h * x_input_row,
                      x_pair,
                      last - first,
                      pairs};
-          float* tap = dw + (kh * p.kernel_w + kw) * in.c * kBlock;
+          float* tap = dw + (kh * p.window.kernel_w + kw) * in.c * kBlock;
           for (int64_t i = 0; i < tiles; ++i) {
             const int64_t c = i * in.c / tiles;
             t.x = x + 2 * c;
@@ -327,36 +281,24 @@ void bfloat16_task(const WeightGradientParams& p, int64_t chunk, int64_t c_begin
 #endif
 
 template <int kVectors>
-void weight_gradient_task(const WeightGradientParams& p, int64_t chunk, int64_t c_begin, float* dw, void* scratch) {
+void weight_gradient_block(const WeightGradientParams& p, int64_t chunk, int64_t c, float* dw, void* scratch) {
+  const Map& map = p.gradient.map;
+  if (p.winograd) {
+    if (map.dtype == DType::kBFloat16) return winograd_weight_gradient<BFloat16, kVectors>(p, chunk, c, dw, scratch);
+    return winograd_weight_gradient<float, kVectors>(p, chunk, c, dw, scratch);
+  }
+  const int64_t size = p.window.kernel_h * p.window.kernel_w * p.x_shape.c * kVectors * kLanes<float>;
+  __builtin_memset(dw, 0, size * sizeof(float));
 #if defined(__AVX512BF16__)
-  if (p.gradient.map.dtype == DType::kBFloat16) return bfloat16_task<kVectors>(p, chunk, c_begin, dw, scratch);
+  if (map.dtype == DType::kBFloat16) return bfloat16_task<kVectors>(p, chunk, c, dw, scratch);
 #endif
-  float32_task<kVectors>(p, chunk, c_begin, dw, scratch);
+  float32_task<kVectors>(p, chunk, c, dw, scratch);
 }
 
-// Task: (part of the samples, block of output channels).  scratch: weight_gradient_scratch bytes.
-void weight_gradient(const WeightGradientParams& p, int64_t begin, int64_t end, void* scratch) {
-  const Shape& shape = p.gradient.map.shape;
-  const int64_t blocks = weight_gradient_blocks(shape);
-  const int64_t taps = p.kernel_h * p.kernel_w * p.x_shape.c;  // rows of dw per output channel
-  for (int64_t t = begin; t < end; ++t) {
-    const int64_t chunk = t / blocks, c = t % blocks * kWeightGradientBlock;
-    float* dw = static_cast<float*>(p.dw) + (chunk * shape.c + c) * taps;
-    const int64_t channels = shape.c - c < kWeightGradientBlock ? shape.c - c : kWeightGradientBlock;
-    switch (channels / kLanes<float>) {
-      case 1:
-        weight_gradient_task<1>(p, chunk, c, dw, scratch);
-        break;
-      case 2:
-        weight_gradient_task<2>(p, chunk, c, dw, scratch);
-        break;
-      case 3:
-        weight_gradient_task<3>(p, chunk, c, dw, scratch);
-        break;
-      default:
-        weight_gradient_task<4>(p, chunk, c, dw, scratch);
-    }
-  }
+void weight_gradient(const WeightGradientParams& p, int64_t chunk, int64_t block, float* dw, void* scratch) {
+  const int64_t c = block * kWeightGradientBlock, rest = p.gradient.map.shape.c - c;
+  with_vectors(rest < kWeightGradientBlock ? rest : kWeightGradientBlock,
+               [&]<int kVectors>() { weight_gradient_block<kVectors>(p, chunk, c, dw, scratch); });
 }
 
 #endif

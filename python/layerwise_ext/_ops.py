@@ -51,12 +51,13 @@ def _check_devices(z: Tensor, **others: Tensor | None) -> None:
             raise RuntimeError(f"{name} must be on {z.device}, as the map is, got {t.device}")
 
 
-def _fake_outputs(z: Tensor, bins: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fake_outputs(z: Tensor, bins: list[int], second_moment: bool) -> tuple[Tensor, ...]:
     n, c, h, w = z.shape
     channels_last, dtype = _is_channels_last(z), _accumulation_dtype(z)
-    moments = [n, c, bins[0], bins[1]] if bins else [0, c, 1, 1]
-    m1, m2 = (_empty_map(z, moments, channels_last, dtype) for _ in range(2))
-    sums = z.new_empty(4 * m1.numel(), dtype=dtype)
+    none = [0, c, 1, 1]
+    moments = [n, c, bins[0], bins[1]] if bins else none
+    m1, m2 = (_empty_map(z, size, channels_last, dtype) for size in (moments, moments if second_moment else none))
+    sums = z.new_empty((4 if second_moment else 2) * m1.numel(), dtype=dtype)
     mean, var = (z.new_empty(c, dtype=dtype) for _ in range(2))
     return _empty_map(z, [n, c, h, w], channels_last, z.dtype), m1, m2, sums, mean, var
 
@@ -67,9 +68,9 @@ def _(z):
 
 
 @torch.library.register_fake("layerwise_ext::bn_act_moments")
-def _(z, weight, bias, mean, var, eps, activation, negative_slope, bins):
+def _(z, weight, bias, mean, var, eps, activation, negative_slope, bins, second_moment):
     _check_devices(z, weight=weight, bias=bias, running_mean=mean, running_var=var)
-    return _fake_outputs(z, bins)
+    return _fake_outputs(z, bins, second_moment)
 
 
 @torch.library.register_fake("layerwise_ext::conv_bn_act_moments")
@@ -89,13 +90,14 @@ def _(
     activation,
     negative_slope,
     bins,
+    second_moment,
 ):
     _check_devices(input, conv_weight=conv_weight, conv_bias=conv_bias)
     _check_devices(input, weight=weight, bias=bias, running_mean=mean, running_var=var)
     w = conv_weight.to(input.dtype)
     z = _aten.convolution(input, w, None, stride, padding, dilation, False, [0, 0], groups)
     z = _empty_map(z, list(z.shape), _is_channels_last(z), z.dtype)
-    return (*_fake_outputs(z, bins), z)
+    return (*_fake_outputs(z, bins, second_moment), z)
 
 
 @torch.library.register_fake("layerwise_ext::bn_act_moments_backward_sums")
@@ -169,15 +171,15 @@ def _register_autograd(name: str, setup_context: Any, backward: Any) -> None:
     _library.impl(name, autograd_kernel, "Autograd", with_keyset=True)
 
 
-def _may_overwrite(ctx: Any, z: Tensor) -> bool:
-    """Whether dz may take the memory of a convolution's z: nobody will read it again.
+def _is_last_reader(ctx: Any, saved: Tensor) -> bool:
+    """Whether nobody will read a tensor that a node saved again, so that its memory may be put to other use.
 
-    Not so while tracing (z is a stand-in then), where saved-tensor hooks saw z, with retain_graph=True, and while
+    Not so while tracing (it is a stand-in then), where saved-tensor hooks saw it, with retain_graph=True, and while
     anything but the node's own two handles, the saved tensor and the storage looked at here, refers to its memory.
     """
-    if type(z) is not Tensor or ctx.hooked or torch._C._autograd._get_current_graph_task_keep_graph():
+    if type(saved) is not Tensor or ctx.hooked or torch._C._autograd._get_current_graph_task_keep_graph():
         return False
-    return torch._C._storage_Use_Count(z.untyped_storage()._cdata) <= 2
+    return torch._C._storage_Use_Count(saved.untyped_storage()._cdata) <= 2
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -206,11 +208,16 @@ def _like(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else gradient.to(parameter.dtype)
 
 
+def _absent(m1: Tensor, m2: Tensor, bins: list[int], second_moment: bool) -> tuple[Tensor, ...]:
+    """The moments that were not asked for."""
+    return () if bins and second_moment else (m2,) if bins else (m1, m2)
+
+
 def _setup_bn(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    z, weight, bias, mean, _, *form = inputs
-    _, _, _, sums, mean_z, var_z = output
+    z, weight, bias, mean, _, *form, second_moment = inputs
+    _, m1, m2, sums, mean_z, var_z = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(sums, mean_z, var_z)
+    ctx.mark_non_differentiable(sums, mean_z, var_z, *_absent(m1, m2, form[-1], second_moment))
     ctx.save_for_backward(z, sums, mean_z, var_z, weight, bias)
     ctx.form = form  # eps, activation, negative_slope, bins
     ctx.count = z.numel() // z.size(1) if mean is None else 0  # 0: the statistics do not depend on z
@@ -225,20 +232,21 @@ def _backward_bn(ctx: Any, grad_y: Any, grad_m1: Any, grad_m2: Any, *_: Any) -> 
     dz = None
     if ctx.needs_input_grad[1]:
         dz = operators.bn_act_moments_backward(z, *gradients, dgamma, dbeta, *common, ctx.count)
-    return (*_once_differentiable((dz, _like(dgamma, weight), _like(dbeta, bias))), *([None] * 6))
+    return (*_once_differentiable((dz, _like(dgamma, weight), _like(dbeta, bias))), *([None] * 7))
 
 
 _register_autograd("bn_act_moments", _setup_bn, _backward_bn)
 
 
 def _setup_conv(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, conv_weight, conv_bias, weight, bias, mean, _, stride, padding, dilation, groups, *form = inputs
-    _, _, _, sums, mean_z, var_z, z = output
+    input, conv_weight, conv_bias, weight, bias, mean, _, *convolution_and_form, second_moment = inputs
+    ctx.convolution, form = convolution_and_form[:4], convolution_and_form[4:]
+    _, m1, m2, sums, mean_z, var_z, z = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(sums, mean_z, var_z, z)
-    ctx.save_for_backward(input, conv_weight, conv_bias, z.detach(), sums, mean_z, var_z, weight, bias)
+    ctx.mark_non_differentiable(sums, mean_z, var_z, z, *_absent(m1, m2, form[-1], second_moment))
+    # Detached, z and sums have handles of their own, which _is_last_reader tells from everybody else's.
+    ctx.save_for_backward(input, conv_weight, conv_bias, z.detach(), sums.detach(), mean_z, var_z, weight, bias)
     ctx.form = form
-    ctx.convolution = (stride, padding, dilation, groups)
     ctx.count = z.numel() // z.size(1) if mean is None else 0
     ctx.hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
@@ -248,12 +256,14 @@ def _backward_conv(ctx: Any, grad_y: Any, grad_m1: Any, grad_m2: Any, *_: Any) -
     gradients = (grad_y, grad_m1, grad_m2)
     common = (mean, var, weight, bias, *ctx.form)
     dgamma, dbeta = operators.bn_act_moments_backward_sums(z, *gradients, sums, *common)
+    if _is_last_reader(ctx, sums):
+        sums.untyped_storage().resize_(0)  # the weight gradient needs room
     needs_input, needs_weight, needs_bias = ctx.needs_input_grad[1:4]
     grad_input = grad_weight = grad_bias = None
     if needs_input or needs_weight:
         backward = (
             operators.conv_bn_act_moments_backward_
-            if _may_overwrite(ctx, z)
+            if _is_last_reader(ctx, z)
             else operators.conv_bn_act_moments_backward
         )
         grad_input, grad_weight = backward(
@@ -267,7 +277,7 @@ def _backward_conv(ctx: Any, grad_y: Any, grad_m1: Any, grad_m2: Any, *_: Any) -
             scale = torch.rsqrt(var + ctx.form[0]) * (1 if weight is None else weight)
             grad_bias = (scale * dbeta).to(conv_bias.dtype)
     grads = (grad_input if needs_input else None, grad_weight if needs_weight else None, grad_bias)
-    return (*_once_differentiable((*grads, _like(dgamma, weight), _like(dbeta, bias))), *([None] * 10))
+    return (*_once_differentiable((*grads, _like(dgamma, weight), _like(dbeta, bias))), *([None] * 11))
 
 
 _register_autograd("conv_bn_act_moments", _setup_conv, _backward_conv)

@@ -8,7 +8,7 @@ layout; statistics, moments and their gradients are float32 (float64 for float64
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ class ActivationMoments(NamedTuple):
     Attributes:
         y: activation, ``[N, C, H, W]``, in the dtype of the input.
         m1: sum of ``y`` over each pooling cell, ``[N, C, bins_h, bins_w]``, float32 (float64 for float64 input).
-        m2: sum of ``y * y`` over each pooling cell, as ``m1``.
+        m2: sum of ``y * y`` over each pooling cell, as ``m1``; None with ``second_moment=False``.
     """
 
     y: Tensor
@@ -98,6 +98,7 @@ def bn_act_moments(
     activation: str = "relu",
     negative_slope: float = 0.01,
     bins: Pair = (1, 1),
+    second_moment: bool = True,
 ) -> ActivationMoments:
     """Batch norm (Ioffe & Szegedy 2015, arXiv 1502.03167), activation and pooled moments of a pre-activation.
 
@@ -115,6 +116,7 @@ def bn_act_moments(
         activation: ``'relu'``, ``'leaky_relu'`` or ``'identity'``.
         negative_slope: slope of ``'leaky_relu'`` below zero.
         bins: cells of the moments, ``(bins_h, bins_w)`` or one int for both; those of ``adaptive_avg_pool2d``.
+        second_moment: whether ``m2`` is wanted. A loss of ``m1`` alone saves its time and half of the sums' memory.
 
     Returns:
         :class:`ActivationMoments` ``(y, m1, m2)``.
@@ -129,12 +131,12 @@ def bn_act_moments(
         _check_more_than_one_value(z.shape)
     mean, var = (None, None) if training else (running_mean, running_var)
     y, m1, m2, _, mean_z, var_z = _lib.bn_act_moments(
-        z, weight, bias, mean, var, eps, activation, negative_slope, _pair("bins", bins)
+        z, weight, bias, mean, var, eps, activation, negative_slope, _pair("bins", bins), second_moment
     )
     if training and running_mean is not None:
         count = z.numel() // z.size(1)
         _lib.update_running_statistics_(running_mean, running_var, mean_z, var_z, None, count, momentum)
-    return ActivationMoments(y, m1, m2)
+    return ActivationMoments(y, m1, m2 if second_moment else cast(Tensor, None))
 
 
 def conv_bn_act_moments(
@@ -156,6 +158,7 @@ def conv_bn_act_moments(
     activation: str = "relu",
     negative_slope: float = 0.01,
     bins: Pair = (1, 1),
+    second_moment: bool = True,
 ) -> ActivationMoments:
     """Convolution followed by :func:`bn_act_moments`, as one autograd node.
 
@@ -168,8 +171,8 @@ def conv_bn_act_moments(
         conv_weight: ``[C_out, C_in / groups, kH, kW]``.
         conv_bias: ``[C_out]`` or None. Batch statistics cancel it; it only moves ``running_mean``.
         stride, padding, dilation, groups: as :func:`torch.nn.functional.conv2d`.
-        running_mean, running_var, weight, bias, training, momentum, eps, activation, negative_slope, bins: as
-            :func:`bn_act_moments`.
+        running_mean, running_var, weight, bias, training, momentum, eps, activation, negative_slope, bins,
+            second_moment: as :func:`bn_act_moments`.
 
     Returns:
         :class:`ActivationMoments` ``(y, m1, m2)``.
@@ -182,7 +185,7 @@ def conv_bn_act_moments(
     return _conv_bn_act_moments(
         input, conv_weight, conv_bias, running_mean, running_var, weight, bias,
         _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups,
-        training, momentum, eps, activation, negative_slope, _pair("bins", bins),
+        training, momentum, eps, activation, negative_slope, _pair("bins", bins), second_moment,
     )  # fmt: skip
 
 
@@ -209,7 +212,7 @@ def conv_bn_act(
     return _conv_bn_act_moments(
         input, conv_weight, conv_bias, running_mean, running_var, weight, bias,
         _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups,
-        training, momentum, eps, activation, negative_slope, [],
+        training, momentum, eps, activation, negative_slope, [], False,
     ).y  # fmt: skip
 
 
@@ -231,6 +234,7 @@ def _conv_bn_act_moments(
     activation: str,
     negative_slope: float,
     bins: list[int],
+    second_moment: bool,
 ) -> ActivationMoments:
     _check_rank("input", input)
     _check_rank("conv_weight", conv_weight)
@@ -245,9 +249,9 @@ def _conv_bn_act_moments(
     mean, var = (None, None) if training else (running_mean, running_var)
     y, m1, m2, _, mean_z, var_z, _ = _lib.conv_bn_act_moments(
         input, conv_weight, conv_bias, weight, bias, mean, var,
-        stride, padding, dilation, groups, eps, activation, negative_slope, bins,
+        stride, padding, dilation, groups, eps, activation, negative_slope, bins, second_moment,
     )  # fmt: skip
     if training and running_mean is not None:
         count = y.numel() // y.size(1)
         _lib.update_running_statistics_(running_mean, running_var, mean_z, var_z, conv_bias, count, momentum)
-    return ActivationMoments(y, m1, m2)
+    return ActivationMoments(y, m1, m2 if second_moment else cast(Tensor, None))

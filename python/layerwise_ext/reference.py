@@ -13,7 +13,7 @@ float64 maps). One stage:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +79,7 @@ def bn_act_moments(
     activation: str = "relu",
     negative_slope: float = 0.01,
     bins: Pair = (1, 1),
+    second_moment: bool = True,
 ) -> ActivationMoments:
     """See :func:`layerwise_ext.functional.bn_act_moments`."""
     dtype = z.dtype
@@ -97,7 +98,9 @@ def bn_act_moments(
     xhat = (z - mean[:, None, None]) * torch.rsqrt(var + eps)[:, None, None]
     u = gamma[:, None, None] * xhat + beta[:, None, None]
     y = slope(u.detach(), activation, negative_slope) * u
-    return ActivationMoments(y.to(dtype), cell_sums(y, _pair("bins", bins)), cell_sums(y * y, _pair("bins", bins)))
+    cells = _pair("bins", bins)
+    m2 = cell_sums(y * y, cells) if second_moment else cast(Tensor, None)
+    return ActivationMoments(y.to(dtype), cell_sums(y, cells), m2)
 
 
 def conv_bn_act_moments(
@@ -119,13 +122,14 @@ def conv_bn_act_moments(
     activation: str = "relu",
     negative_slope: float = 0.01,
     bins: Pair = (1, 1),
+    second_moment: bool = True,
 ) -> ActivationMoments:
     """See :func:`layerwise_ext.functional.conv_bn_act_moments`."""
     convolution = _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups
     z = F.conv2d(input, conv_weight, conv_bias, *convolution)
     return bn_act_moments(
         z, running_mean, running_var, weight, bias, training=training, momentum=momentum, eps=eps,
-        activation=activation, negative_slope=negative_slope, bins=bins,
+        activation=activation, negative_slope=negative_slope, bins=bins, second_moment=second_moment,
     )  # fmt: skip
 
 

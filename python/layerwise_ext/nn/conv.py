@@ -132,14 +132,16 @@ class ConvBNReLU2d(nn.Module):
         tensors, options = self._arguments(x)
         return functional.conv_bn_act(*tensors, **options)
 
-    def forward_moments(self, x: Tensor, bins: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_moments(
+        self, x: Tensor, bins: tuple[int, int], second_moment: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """``(y, m1, m2)``: the output and its sums of y and y*y, ``[N, out_channels, *bins]``, over each pooling cell.
 
-        The cells are those of ``adaptive_avg_pool2d(y, bins)``. See
+        The cells are those of ``adaptive_avg_pool2d(y, bins)``; m2 is None with ``second_moment=False``. See
         :func:`layerwise_ext.functional.conv_bn_act_moments`.
         """
         tensors, options = self._arguments(x)
-        return functional.conv_bn_act_moments(*tensors, bins=bins, **options)
+        return functional.conv_bn_act_moments(*tensors, bins=bins, second_moment=second_moment, **options)
 
     def _arguments(self, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Tensors and options of the operator; counts the batch, as nn.BatchNorm2d.forward does.

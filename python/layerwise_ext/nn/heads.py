@@ -23,9 +23,11 @@ class LocalHead(nn.Module):
 
     Attributes:
         bins: ``(bh, bw)``, the grid of cells over which the stage pools its output for this head.
+        second_moment: whether the head looks at ``m2`` and what comes from it; without it a stage saves that work.
     """
 
     bins: tuple[int, int]
+    second_moment = True
 
     def forward(self, moments: PooledMoments, target: Tensor | None = None) -> HeadOutput:
         raise NotImplementedError(f"{type(self).__name__} must define forward(moments, target)")
@@ -56,6 +58,8 @@ class PooledLinearHead(LocalHead):
             where a check would wait for the device at each step) out of range.
         TypeError: a target that is not int64.
     """
+
+    second_moment = False
 
     def __init__(
         self,
@@ -89,25 +93,23 @@ class PooledLinearHead(LocalHead):
                 nn.init.zeros_(self.linear.bias)
 
     def forward(self, moments: PooledMoments, target: Tensor | None = None) -> HeadOutput:
-        mean = moments.mean
-        if mean.shape[1:] != (self.in_channels, *self.bins):
+        features = (moments.channels, *moments.bins)
+        if features != (self.in_channels, *self.bins):
             raise ValueError(
                 f"the head was built for pooled features {[self.in_channels, *self.bins]} (channels, cells) but the "
-                f"stage gives {list(mean.shape[1:])}"
+                f"stage gives {list(features)}"
             )
-        if target is not None:
-            _check_target(target, mean.shape[0])
-        device_type = mean.device.type
-        if torch.is_autocast_enabled(device_type):
-            with torch.autocast(device_type, enabled=False):
-                return self._classify(mean, target)
-        return self._classify(mean, target)
+        weight = self.linear.weight
+        if torch.is_autocast_enabled(weight.device.type):
+            with torch.autocast(weight.device.type, enabled=False):
+                return self._classify(moments, target)
+        return self._classify(moments, target)
 
-    def _classify(self, mean: Tensor, target: Tensor | None) -> HeadOutput:
-        linear = self.linear
-        logits = F.linear(mean.flatten(1).to(linear.weight.dtype), linear.weight, linear.bias)
+    def _classify(self, moments: PooledMoments, target: Tensor | None) -> HeadOutput:
+        logits = moments.mean_linear(self.linear.weight, self.linear.bias)
         if target is None:
             return HeadOutput(logits, None)
+        _check_target(target, logits.shape[0])
         try:
             loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
         except IndexError as error:  # the CPU's own range check, so that none has to be made here

@@ -14,13 +14,13 @@ class PooledMoments:
 
     Args:
         m1: ``[N, C, bh, bw]``, the sum of y over each cell; float32, or float64 for float64 y.
-        m2: the same for y*y.
+        m2: the same for y*y, or None where the head declared that it does not look at it.
         size: ``(H, W)`` of y.
 
     Where H or W is not a multiple of the number of cells, the cells overlap, as in ``adaptive_avg_pool2d``.
     """
 
-    def __init__(self, m1: Tensor, m2: Tensor, size: tuple[int, int]) -> None:
+    def __init__(self, m1: Tensor, m2: Tensor | None, size: tuple[int, int]) -> None:
         self._m1 = m1
         self._m2 = m2
         self.size = size
@@ -40,13 +40,23 @@ class PooledMoments:
 
     @property
     def m2(self) -> Tensor:
+        """
+        Raises:
+            RuntimeError: the head that the moments were made for declared ``second_moment = False``.
+        """
+        if self._m2 is None:
+            raise RuntimeError("m2 was not computed: the head's attribute second_moment is False")
         return self._m2
 
     @property
     def bins(self) -> tuple[int, int]:
         """``(bh, bw)``, the number of cells."""
-        rows, columns = self.mean.shape[2:]
+        rows, columns = self._m1.shape[2:]
         return rows, columns
+
+    @property
+    def channels(self) -> int:
+        return self._m1.shape[1]
 
     @property
     def area(self) -> Tensor:
@@ -62,7 +72,7 @@ class PooledMoments:
     @property
     def second_moment(self) -> Tensor:
         """``[N, C, bh, bw]``, the mean of y*y over each cell."""
-        return self._m2 / self._divisor(self._m2)
+        return self.m2 / self._divisor(self.m2)
 
     @property
     def variance(self) -> Tensor:
@@ -76,6 +86,19 @@ class PooledMoments:
         variance = self.variance
         positive = variance > 0
         return torch.where(positive, variance, 1).sqrt() * positive
+
+    def mean_linear(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``F.linear(mean.flatten(1), weight, bias)``, ``[N, out_features]``, in the dtype of ``weight``.
+
+        The division goes to the weight, and so does the order of the features: the small tensor is rewritten instead of
+        one of N samples, forward and backward.
+        """
+        n, channels, rows, columns = self._m1.shape
+        by_cell = weight.unflatten(1, (channels, rows, columns)) / self._divisor(self._m1)
+        m1 = self._m1
+        if m1.stride(1) == 1:  # channels_last: as it lies in memory
+            m1, by_cell = m1.permute(0, 2, 3, 1), by_cell.permute(0, 2, 3, 1)
+        return F.linear(m1.reshape(n, -1).to(weight.dtype), by_cell.reshape(weight.shape).to(weight.dtype), bias)
 
     def _divisor(self, m: Tensor) -> float | Tensor:
         """The cell area; a number where all cells are alike, which saves building a tensor at each step."""
@@ -104,6 +127,14 @@ class _DenseMoments(PooledMoments):
         return self._mean * self._divisor(self._mean)
 
     @property
+    def bins(self) -> tuple[int, int]:
+        return self._bins
+
+    @property
+    def channels(self) -> int:
+        return self._mean.shape[1]
+
+    @property
     def m2(self) -> Tensor:
         second = self.second_moment
         return second * self._divisor(second)
@@ -111,6 +142,9 @@ class _DenseMoments(PooledMoments):
     @property
     def mean(self) -> Tensor:
         return self._mean
+
+    def mean_linear(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(self._mean.flatten(1).to(weight.dtype), weight, bias)
 
     @property
     def second_moment(self) -> Tensor:

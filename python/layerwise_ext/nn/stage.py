@@ -63,20 +63,20 @@ class LocalStage(nn.Module):
 
     def moments(self, x: Tensor) -> tuple[Tensor, PooledMoments]:
         """The features, with their graph, and their moments over ``head.bins``."""
-        return _body_moments(self.body, x, self.head.bins)
+        return _body_moments(self.body, x, self.head)
 
     def extra_repr(self) -> str:
         return f"detach={self.detach}"
 
 
-def _body_moments(body: nn.Module, x: Tensor, bins: tuple[int, int]) -> tuple[Tensor, PooledMoments]:
+def _body_moments(body: nn.Module, x: Tensor, head: LocalHead) -> tuple[Tensor, PooledMoments]:
     if isinstance(body, ConvBNReLU2d):
-        y, m1, m2 = body.forward_moments(x, bins)
+        y, m1, m2 = body.forward_moments(x, head.bins, head.second_moment)
         return y, PooledMoments(m1, m2, (y.shape[2], y.shape[3]))
     if type(body) is nn.Sequential and len(body):
         *first, last = body
         for module in first:
             x = module(x)
-        return _body_moments(last, x, bins)
+        return _body_moments(last, x, head)
     y = body(x)
-    return y, PooledMoments.of(y, bins)
+    return y, PooledMoments.of(y, head.bins)
