@@ -87,9 +87,9 @@ def _caption(result: dict[str, Any]) -> str:
         "same step takes in plain PyTorch, channels_last, and in `torch.compile` of it. *memory*: peak of a step "
         "beyond input and parameters, as a share of eager's. Against eager with contiguous maps the geometric mean is "
         f"{nchw}. Time of a step over that of its convolution alone in PyTorch (forward and weight gradient), which "
-        f"no fusion around it can save, in the geometric mean: {floor}. Medians over interleaved rounds; half the interquartile "
-        f"range of a time is at most {spread:.0%}. One machine, and these shapes only: elsewhere the ratio follows the "
-        "share of the convolution in the step."
+        f"no fusion around it can save, in the geometric mean: {floor}. Medians over interleaved rounds; half "
+        f"the interquartile range of a time is at most {spread:.0%}. One machine, and these shapes only: elsewhere the "
+        "ratio follows the share of the convolution in the step."
     )
 
 
