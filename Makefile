@@ -10,8 +10,11 @@ TORCH ?= torch==2.13.0
 WORKERS ?= 2
 
 bin := .venv/bin
-cxx := $(shell find csrc -name '*.h' -o -name '*.cpp')
+cxx := $(shell find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 build_inputs := $(shell find csrc -type f) $(wildcard cmake/*) CMakeLists.txt pyproject.toml
+
+operator_tests := $(addprefix tests/test_,cuda_kernels.py bn_act_moments.py conv_bn_act.py autograd.py compile.py nn.py stage.py \
+  bad_input.py)
 
 .PHONY: all demo test bench lint format sanitize clean FORCE
 all: .venv/installed
@@ -21,7 +24,8 @@ demo: .venv/installed
 
 test: lint
 	OMP_NUM_THREADS=1 $(bin)/python -m pytest -n $(WORKERS)
-	$(MAKE) sanitize
+	OMP_NUM_THREADS=1 $(bin)/python -m pytest -n $(WORKERS) --backend=simt $(operator_tests)
+	WORKERS=$(WORKERS) $(MAKE) sanitize
 
 bench: .venv/installed
 	$(bin)/python benchmarks/bench_stage.py

@@ -1,10 +1,11 @@
-# Whether CUDA kernels go into the build, and why not.  This version has none yet: the toolkit is looked for so that
-# `layerwise-ext info` can say what stands in the way, and LAYERWISE_CUDA=ON fails rather than build something else.
+# Whether CUDA kernels go into the build, and why not: LAYERWISE_CUDA_STATUS for people, LAYERWISE_WITH_CUDA for the build.
+# torch need not have CUDA: the kernels register and wait for one that has.
 
 if(NOT LAYERWISE_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "LAYERWISE_CUDA must be AUTO, ON or OFF, got '${LAYERWISE_CUDA}'")
 endif()
 
+set(LAYERWISE_WITH_CUDA OFF)
 if(LAYERWISE_CUDA STREQUAL "OFF")
   set(LAYERWISE_CUDA_STATUS "not in, because LAYERWISE_CUDA=OFF")
 else()
@@ -13,17 +14,18 @@ else()
   else()
     find_program(LAYERWISE_NVCC nvcc HINTS ENV CUDA_HOME PATHS /usr/local/cuda PATH_SUFFIXES bin)
   endif()
+  set(host_compiler ${CMAKE_CXX_COMPILER})
+  if(DEFINED ENV{CUDAHOSTCXX})
+    set(host_compiler $ENV{CUDAHOSTCXX})
+  endif()
   if(NOT LAYERWISE_NVCC)
     set(reason "nvcc was not found")
     set(remedy "Put the CUDA toolkit's bin folder on PATH or set CUDACXX to nvcc, or build with LAYERWISE_CUDA=OFF")
   else()
-    # nvcc looks at its host compiler only when it compiles.
-    file(WRITE ${CMAKE_CURRENT_BINARY_DIR}/probe.cu "int main() { return 0; }\n")
-    set(host_compiler ${CMAKE_CXX_COMPILER})
-    if(DEFINED ENV{CUDAHOSTCXX})
-      set(host_compiler $ENV{CUDAHOSTCXX})
-    endif()
-    execute_process(COMMAND ${LAYERWISE_NVCC} -ccbin ${host_compiler} -c probe.cu -o probe.o
+    # nvcc looks at its host compiler only when it compiles.  The probe also asks for the language and an architecture
+    # that the kernels need.
+    file(WRITE ${CMAKE_CURRENT_BINARY_DIR}/probe.cu "#include <concepts>\nint main() { return 0; }\n")
+    execute_process(COMMAND ${LAYERWISE_NVCC} -ccbin ${host_compiler} -std=c++20 -arch=sm_80 -c probe.cu -o probe.o
                     WORKING_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR} RESULT_VARIABLE failed
                     OUTPUT_VARIABLE output ERROR_VARIABLE output)
     if(failed)
@@ -31,13 +33,29 @@ else()
       set(remedy "Name one that it accepts in the environment variable CUDAHOSTCXX, or build with LAYERWISE_CUDA=OFF")
       message(VERBOSE "${output}")
     else()
-      set(reason "this version has no CUDA kernels yet")
-      set(remedy "Build with LAYERWISE_CUDA=AUTO or OFF")
+      set(LAYERWISE_WITH_CUDA ON)
     endif()
   endif()
-  if(LAYERWISE_CUDA STREQUAL "ON")
-    message(FATAL_ERROR "LAYERWISE_CUDA=ON cannot be met, because ${reason}. ${remedy}.")
+  if(NOT LAYERWISE_WITH_CUDA)
+    if(LAYERWISE_CUDA STREQUAL "ON")
+      message(FATAL_ERROR "LAYERWISE_CUDA=ON cannot be met, because ${reason}. ${remedy}.")
+    endif()
+    set(LAYERWISE_CUDA_STATUS "not in, because ${reason}")
   endif()
-  set(LAYERWISE_CUDA_STATUS "not in, because ${reason}")
+endif()
+
+if(LAYERWISE_WITH_CUDA)
+  # sm_80 serves 86 and 89, too; what is newer than 90 compiles the intermediate code when it is loaded.
+  if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+    set(CMAKE_CUDA_ARCHITECTURES 80-real 90a-real 90-virtual)
+  endif()
+  set(CMAKE_CUDA_COMPILER ${LAYERWISE_NVCC})
+  set(CMAKE_CUDA_HOST_COMPILER ${host_compiler})
+  enable_language(CUDA)
+  set(CMAKE_CUDA_STANDARD 20)
+  set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+  set(CMAKE_CUDA_RUNTIME_LIBRARY Static)  # nothing of CUDA is needed to import a build on a machine without it
+  string(REPLACE ";" " " architectures "${CMAKE_CUDA_ARCHITECTURES}")
+  set(LAYERWISE_CUDA_STATUS "nvcc ${CMAKE_CUDA_COMPILER_VERSION} for ${architectures}")
 endif()
 message(STATUS "CUDA kernels: ${LAYERWISE_CUDA_STATUS}")

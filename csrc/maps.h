@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <optional>
 #include <string>
@@ -32,6 +33,11 @@ inline Ints size_of(const Tensor& t) {
 }
 
 inline std::string dtype_name(ScalarType dtype) { return torch::headeronly::toString(dtype); }
+
+inline std::string device_name(const Tensor& t) {
+  if (t.is_cpu()) return "cpu";
+  return (t.is_cuda() ? "cuda:" : "device ") + std::to_string(t.get_device_index());
+}
 
 // -- Maps -----------------------------------------------------------------------------------------------------------
 
@@ -117,6 +123,9 @@ inline Values read_values(const Tensor& t) {
       case ScalarType::Float:
         values[i] = static_cast<const float*>(data)[i * stride];
         break;
+      case ScalarType::Half:
+        values[i] = static_cast<const torch::headeronly::Half*>(data)[i * stride];
+        break;
       default:
         values[i] = static_cast<const torch::headeronly::BFloat16*>(data)[i * stride];
     }
@@ -137,6 +146,9 @@ inline void write_values(const Values& values, Tensor& t) {
         break;
       case ScalarType::Float:
         static_cast<float*>(t.mutable_data_ptr())[at] = static_cast<float>(values[i]);
+        break;
+      case ScalarType::Half:
+        static_cast<torch::headeronly::Half*>(t.mutable_data_ptr())[at] = static_cast<float>(values[i]);
         break;
       default:
         static_cast<torch::headeronly::BFloat16*>(t.mutable_data_ptr())[at] = static_cast<float>(values[i]);

@@ -1,19 +1,20 @@
-// Operator schemas, checks and dispatch, through the LibTorch stable ABI: with maps.h the only code that knows torch.
-//
-// Shapes: z, y [N, C, H, W]; m1, m2 [N, C, bins_h, bins_w]; per-channel tensors [C]; sums [4 * N * C * bins_h * bins_w],
-// that is A0, A1, B0, B1, each laid out as m1; half of that and an empty m2 without second_moment.  Sums and statistics are float32, or float64 for float64 maps.
+// The operators on the CPU, and their schemas, through the LibTorch stable ABI.  With the headers beside it and
+// cuda_ops.cpp this is the only code that knows torch.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <tuple>
 
+#include "convolution.h"
 #include "cpu/memory.h"
 #include "cpu/passes.h"
-#include "maps.h"
+#include "schemas.h"
 
 namespace layerwise {
 namespace {
+
+constexpr bool kHalf = false;  // float16 maps
 
 // A large batch is convolved in pieces, each copied into z's pooled memory while its statistics are taken.  The library
 // allocates a convolution's output itself, from memory that the C library tends to have returned to the system: the page
@@ -35,55 +36,7 @@ void parallel_for(int64_t tasks, int64_t grain, const std::function<void(int64_t
   torch::stable::parallel_for(0, tasks, grain, body);
 }
 
-// -- Checks -----------------------------------------------------------------------------------------------------------
-
-void check_map(const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(t.dim() == 4, name, " must have 4 dimensions [N, C, H, W], got shape ", to_string(size_of(t)));
-  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU: this build has no kernels for its device");
-  const ScalarType dtype = t.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Double, name,
-                  " must be float32, bfloat16 or float64, got ", dtype_name(dtype));
-  STD_TORCH_CHECK(t.numel() > 0, name, " must not be empty, got shape ", to_string(size_of(t)));
-}
-
-void check_channels(const char* name, const OptionalTensor& t, int64_t channels) {
-  if (!t.has_value()) return;
-  STD_TORCH_CHECK(t->is_cpu(), name, " must be on the CPU, as the map is");
-  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == channels, name, " must have shape [", channels,
-                  "], one value per channel, got ", to_string(size_of(*t)));
-  const ScalarType dtype = t->scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Double, name,
-                  " must be float32, bfloat16 or float64, got ", dtype_name(dtype));
-}
-
-Activation check_activation(const std::string& name, double negative_slope) {
-  STD_TORCH_CHECK(std::isfinite(negative_slope), "negative_slope must be finite, got ", negative_slope);
-  if (name == "relu") return {true, 0.0};
-  if (name == "leaky_relu") return {false, negative_slope};
-  if (name == "identity") return {false, 1.0};
-  STD_TORCH_CHECK(false, "activation must be 'relu', 'leaky_relu' or 'identity', got '", name, "'");
-}
-
-// No bins: no moments.
-void check_bins(const Ints& bins, const Shape& s) {
-  if (bins.empty()) return;
-  STD_TORCH_CHECK(bins.size() == 2, "bins must be (bins_h, bins_w), got ", to_string(bins));
-  STD_TORCH_CHECK(bins[0] >= 1 && bins[0] <= s.h && bins[1] >= 1 && bins[1] <= s.w,
-                  "bins must lie between (1, 1) and (", s.h, ", ", s.w, "), the size of the map, got (", bins[0], ", ",
-                  bins[1], ")");
-}
-
 // -- The normalisation as kernels take it -----------------------------------------------------------------------------
-
-Map map_of(const Tensor& like, const Shape& shape, Layout layout) {
-  const ScalarType dtype = like.scalar_type();
-  return {shape, layout,
-          dtype == ScalarType::Float      ? DType::kFloat32
-          : dtype == ScalarType::BFloat16 ? DType::kBFloat16
-                                          : DType::kFloat64};
-}
-
-Map map_of(const Tensor& z, Layout layout) { return map_of(z, shape_of(z), layout); }
 
 // What the forward and the backward passes share: coefficients per channel, activation, cells.
 struct Normalization {
@@ -105,9 +58,6 @@ struct Normalization {
   Channels channels() { return {arrays.add(mean), arrays.add(rstd), arrays.add(gamma), arrays.add(beta)}; }
 };
 
-// Cells to walk through a map that has no moments: a row at a time.
-Ints cells_or_rows(const Ints& bins, const Shape& s) { return bins.empty() ? Ints{s.h, 1} : bins; }
-
 // Large maps come from the pool of memory.h.
 Tensor allocate_map(const Tensor& like, const Shape& s, Layout layout) {
   const int64_t bytes = s.n * s.c * s.h * s.w * like.element_size();
@@ -120,12 +70,6 @@ Tensor allocate_map(const Tensor& like, const Shape& s, Layout layout) {
   }
 #endif
   return empty_map(like, s, layout, like.scalar_type());
-}
-
-// z as the kernels can read it: as it is wherever C or W is innermost.
-std::pair<Tensor, Layout> readable(const Tensor& z) {
-  if (const auto layout = readable_layout(z)) return {z, *layout};
-  return {dense_copy(z, Layout::kContiguous), Layout::kContiguous};
 }
 
 struct Statistics {
@@ -192,19 +136,8 @@ Tensor channel_tensor(const Tensor& z, const Values& values) {
   return t;
 }
 
-void check_normalization(const Shape& s, const OptionalTensor& weight, const OptionalTensor& bias,
-                         const OptionalTensor& mean, const OptionalTensor& var, double eps, const Ints& bins) {
-  check_channels("weight", weight, s.c);
-  check_channels("bias", bias, s.c);
-  check_channels("running_mean", mean, s.c);
-  check_channels("running_var", var, s.c);
-  STD_TORCH_CHECK(mean.has_value() == var.has_value(), "running_mean and running_var must be given together");
-  STD_TORCH_CHECK(eps >= 0 && std::isfinite(eps), "eps must be at least 0 and finite, got ", eps);
-  check_bins(bins, s);
-}
-
 std::tuple<Tensor, Tensor> batch_norm_statistics(Tensor z) {
-  check_map("z", z);
+  check_map("z", z, kHalf);
   const auto [map, layout] = readable(z);
   const Statistics s = batch_statistics(map, layout);
   return {channel_tensor(z, s.mean), channel_tensor(z, s.var)};
@@ -215,8 +148,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_moments(Tensor
                                                                           OptionalTensor var, double eps,
                                                                           std::string activation, double negative_slope,
                                                                           Ints bins, bool second_moment) {
-  check_map("z", z);
-  check_normalization(shape_of(z), weight, bias, mean, var, eps, bins);
+  check_map("z", z, kHalf);
+  check_normalization(z, shape_of(z), weight, bias, mean, var, eps, bins);
   const Activation act = check_activation(activation, negative_slope);
 
   const auto [map, layout] = readable(z);
@@ -225,56 +158,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_moments(Tensor
   Normalization normalization(map, s.mean, s.var, weight, bias, eps, act);
   auto [y, m1, m2, sums] = apply(map, layout, normalization, bins, second_moment);
   return {y, m1, m2, sums, channel_tensor(z, s.mean), channel_tensor(z, s.var)};
-}
-
-Tensor convolution(const Tensor& input, const Tensor& weight, const Ints& stride, const Ints& padding,
-                   const Ints& dilation, int64_t groups) {
-  using torch::headeronly::IntHeaderOnlyArrayRef;
-  using torch::stable::detail::from;
-  const Ints output_padding{0, 0};
-  std::array<StableIValue, 9> stack{from(input),
-                                    from(weight),
-                                    from(OptionalTensor()),
-                                    from(IntHeaderOnlyArrayRef(stride)),
-                                    from(IntHeaderOnlyArrayRef(padding)),
-                                    from(IntHeaderOnlyArrayRef(dilation)),
-                                    from(false),
-                                    from(IntHeaderOnlyArrayRef(output_padding)),
-                                    from(groups)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-// [N, C, H, W] of the convolution's output.
-Shape convolution_shape(const Tensor& input, const Tensor& weight, const Ints& stride, const Ints& padding,
-                        const Ints& dilation, int64_t groups) {
-  STD_TORCH_CHECK(weight.dim() == 4,
-                  "conv_weight must have 4 dimensions [out_channels, in_channels / groups, kH, kW], got ",
-                  to_string(size_of(weight)));
-  STD_TORCH_CHECK(weight.is_cpu(), "conv_weight must be on the CPU, as input is");
-  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
-                  "stride, padding and dilation must have two values each");
-  STD_TORCH_CHECK(groups >= 1 && weight.size(0) % groups == 0, "groups must divide out_channels ", weight.size(0),
-                  ", got ", groups);
-  STD_TORCH_CHECK(input.size(1) == weight.size(1) * groups, "input must have ", weight.size(1) * groups,
-                  " channels (conv_weight of shape ", to_string(size_of(weight)), ", groups ", groups, "), got shape ",
-                  to_string(size_of(input)));
-  Ints out;
-  for (int i = 0; i < 2; ++i) {
-    STD_TORCH_CHECK(stride[i] >= 1 && dilation[i] >= 1 && padding[i] >= 0,
-                    "stride and dilation must be at least 1 and "
-                    "padding at least 0, got ",
-                    to_string(stride), ", ", to_string(dilation), ", ", to_string(padding));
-    const int64_t extent = input.size(2 + i) + 2 * padding[i] - dilation[i] * (weight.size(2 + i) - 1) - 1;
-    STD_TORCH_CHECK(extent >= 0, "input of shape ", to_string(size_of(input)),
-                    " is smaller than the convolution kernel ", to_string(size_of(weight)));
-    out.push_back(extent / stride[i] + 1);
-  }
-  return {input.size(0), weight.size(0), out[0], out[1]};
-}
-
-Window window_of(const Tensor& weight, const Ints& stride, const Ints& padding, const Ints& dilation) {
-  return {weight.size(2), weight.size(3), stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
 }
 
 // z of a convolution that has_winograd; its statistics, unless that is null.
@@ -298,10 +181,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_m
     Tensor input, Tensor conv_weight, OptionalTensor conv_bias, OptionalTensor weight, OptionalTensor bias,
     OptionalTensor mean, OptionalTensor var, Ints stride, Ints padding, Ints dilation, int64_t groups, double eps,
     std::string activation, double negative_slope, Ints bins, bool second_moment) {
-  check_map("input", input);
+  check_map("input", input, kHalf);
   const Shape s = convolution_shape(input, conv_weight, stride, padding, dilation, groups);
-  check_channels("conv_bias", conv_bias, s.c);
-  check_normalization(s, weight, bias, mean, var, eps, bins);
+  check_channels("conv_bias", conv_bias, input, s.c);
+  check_normalization(input, s, weight, bias, mean, var, eps, bins);
   const Activation act = check_activation(activation, negative_slope);
 
   const Tensor w = conv_weight.scalar_type() == input.scalar_type()
@@ -350,47 +233,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_m
 
 // -- Backward -----------------------------------------------------------------------------------------------------------
 
-// Gradients as the kernels read them: grad_y with the innermost dimension of z's layout, p and q laid out as m1.
-OptionalTensor readable_gradient(const OptionalTensor& gradient, Layout layout) {
-  if (!gradient.has_value() || readable_as(*gradient, layout)) return gradient;
-  return dense_copy(*gradient, layout);
-}
-OptionalTensor dense_gradient(const OptionalTensor& gradient, Layout layout) {
-  if (!gradient.has_value() || is_dense(*gradient, layout)) return gradient;
-  return dense_copy(*gradient, layout);
-}
-const void* data_or_null(const OptionalTensor& t) { return t.has_value() ? t->const_data_ptr() : nullptr; }
-
-void check_gradients(const Tensor& z, const OptionalTensor& grad_y, const OptionalTensor& grad_m1,
-                     const OptionalTensor& grad_m2, const Ints& bins) {
-  const Ints moments = bins.empty() ? Ints{} : Ints{z.size(0), z.size(1), bins[0], bins[1]};
-  const auto check = [](const char* name, const OptionalTensor& g, const Ints& size, ScalarType dtype) {
-    if (!g.has_value()) return;
-    STD_TORCH_CHECK(size_of(*g) == size && g->scalar_type() == dtype && g->is_cpu(), name,
-                    " must be a CPU tensor of shape ", to_string(size), " and dtype ", dtype_name(dtype), ", got ",
-                    to_string(size_of(*g)), ", ", dtype_name(g->scalar_type()));
-  };
-  check("grad_y", grad_y, size_of(z), z.scalar_type());
-  check("grad_m1", grad_m1, moments, accumulation_type(z.scalar_type()));
-  check("grad_m2", grad_m2, moments, accumulation_type(z.scalar_type()));
-}
-
 std::tuple<Tensor, Tensor> bn_act_moments_backward_sums(Tensor z, OptionalTensor grad_y, OptionalTensor grad_m1,
                                                         OptionalTensor grad_m2, Tensor sums, Tensor mean, Tensor var,
                                                         OptionalTensor weight, OptionalTensor bias, double eps,
                                                         std::string activation, double negative_slope, Ints bins) {
-  check_map("z", z);
-  check_normalization(shape_of(z), weight, bias, mean, var, eps, bins);
+  check_map("z", z, kHalf);
+  check_normalization(z, shape_of(z), weight, bias, mean, var, eps, bins);
   check_gradients(z, grad_y, grad_m1, grad_m2, bins);
+  check_sums(z, grad_m1, grad_m2, sums, bins);
   const auto [map, layout] = readable(z);
   const int64_t channels = z.size(1);
   Values dbeta(channels), dgamma(channels);
 
   if (grad_m1.has_value() || grad_m2.has_value()) {
-    const int64_t plane = z.size(0) * channels * bins[0] * bins[1];
-    STD_TORCH_CHECK((sums.numel() == 4 * plane || (sums.numel() == 2 * plane && !grad_m2.has_value())) &&
-                        sums.is_contiguous() && sums.scalar_type() == accumulation_type(z.scalar_type()),
-                    "sums must be the forward pass's, got shape ", to_string(size_of(sums)));
     const OptionalTensor p1 = dense_gradient(grad_m1, layout), p2 = dense_gradient(grad_m2, layout);
     CellSumsParams p{};
     p.map = map_of(map, layout);
@@ -472,22 +327,11 @@ struct GradientInputs {
   }
 };
 
-void check_backward(const Tensor& z, const OptionalTensor& grad_y, const OptionalTensor& grad_m1,
-                    const OptionalTensor& grad_m2, const Tensor& dgamma, const Tensor& dbeta, const Tensor& mean,
-                    const Tensor& var, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
-                    const Ints& bins) {
-  check_map("z", z);
-  check_normalization(shape_of(z), weight, bias, mean, var, eps, bins);
-  check_gradients(z, grad_y, grad_m1, grad_m2, bins);
-  check_channels("dgamma", dgamma, z.size(1));
-  check_channels("dbeta", dbeta, z.size(1));
-}
-
 Tensor bn_act_moments_backward(Tensor z, OptionalTensor grad_y, OptionalTensor grad_m1, OptionalTensor grad_m2,
                                Tensor dgamma, Tensor dbeta, Tensor mean, Tensor var, OptionalTensor weight,
                                OptionalTensor bias, double eps, std::string activation, double negative_slope,
                                Ints bins, double count) {
-  check_backward(z, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, eps, bins);
+  check_backward(z, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, eps, bins, kHalf);
   const auto [map, layout] = readable(z);
   Tensor dz = allocate_map(z, shape_of(z), layout);
   GradientInputs(map, layout, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, eps, activation,
@@ -511,32 +355,6 @@ Tensor fused_weight_gradient(GradientInputs& gradient, const Tensor& input, cons
   return dw.scalar_type() == conv_weight.scalar_type() ? dw : torch::stable::to(dw, conv_weight.scalar_type());
 }
 
-std::tuple<Tensor, Tensor> convolution_backward(const Tensor& dz, const Tensor& input, const Tensor& conv_weight,
-                                                const Ints& stride, const Ints& padding, const Ints& dilation,
-                                                int64_t groups, bool needs_input, bool needs_weight) {
-  using torch::headeronly::IntHeaderOnlyArrayRef;
-  using torch::stable::detail::from;
-  const Ints output_padding{0, 0};
-  const bool mask[] = {needs_input, needs_weight, false};
-  std::array<StableIValue, 11> stack{from(dz),
-                                     from(input),
-                                     from(conv_weight),
-                                     from(std::nullopt),  // the convolution has no bias of its own
-                                     from(IntHeaderOnlyArrayRef(stride)),
-                                     from(IntHeaderOnlyArrayRef(padding)),
-                                     from(IntHeaderOnlyArrayRef(dilation)),
-                                     from(false),
-                                     from(IntHeaderOnlyArrayRef(output_padding)),
-                                     from(groups),
-                                     from(torch::headeronly::HeaderOnlyArrayRef<bool>(mask, 3))};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
-  const Tensor none = empty_vector(dz, 0, dz.scalar_type());
-  Tensor gradients[3];
-  for (int i = 0; i < 3; ++i) gradients[i] = torch::stable::detail::to<Tensor>(stack[i]);
-  return {needs_input ? gradients[0] : none, needs_weight ? gradients[1] : none};
-}
-
 // Gradients of input and conv_weight; an empty tensor stands for one that is not needed.
 std::tuple<Tensor, Tensor> conv_backward(bool overwrite, Tensor z, OptionalTensor grad_y, OptionalTensor grad_m1,
                                          OptionalTensor grad_m2, Tensor dgamma, Tensor dbeta, Tensor mean, Tensor var,
@@ -544,15 +362,11 @@ std::tuple<Tensor, Tensor> conv_backward(bool overwrite, Tensor z, OptionalTenso
                                          double negative_slope, Ints bins, double count, Tensor input,
                                          Tensor conv_weight, Ints stride, Ints padding, Ints dilation, int64_t groups,
                                          bool needs_input, bool needs_weight) {
-  check_backward(z, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, eps, bins);
-  check_map("input", input);
-  const Shape out = convolution_shape(input, conv_weight, stride, padding, dilation, groups);
-  const Ints expected{out.n, out.c, out.h, out.w};
-  STD_TORCH_CHECK(size_of(z) == expected, "z must have shape ", to_string(expected), ", got ", to_string(size_of(z)));
+  check_backward(z, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, eps, bins, kHalf);
+  check_convolution_backward(z, input, conv_weight, stride, padding, dilation, groups, kHalf);
   const auto [map, layout] = readable(z);
   GradientInputs gradient(map, layout, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, eps,
                           activation, negative_slope, bins, count);
-  const bool same_dtype = conv_weight.scalar_type() == z.scalar_type();
   if (!needs_input && groups == 1 && input.scalar_type() == z.scalar_type() &&
       cpu::has_weight_gradient(gradient.params.map, shape_of(input), strides_of(input),
                                window_of(conv_weight, stride, padding, dilation))) {
@@ -561,34 +375,20 @@ std::tuple<Tensor, Tensor> conv_backward(bool overwrite, Tensor z, OptionalTenso
   }
   Tensor dz = overwrite ? map : allocate_map(z, shape_of(z), layout);
   gradient.write(dz);
-  const Tensor w = same_dtype ? conv_weight : torch::stable::to(conv_weight, z.scalar_type());
-  auto [grad_input, grad_weight] =
-      convolution_backward(dz, input, w, stride, padding, dilation, groups, needs_input, needs_weight);
-  if (needs_weight && (!same_dtype || grad_weight.strides() != conv_weight.strides())) {
-    Tensor matching = torch::stable::empty_like(conv_weight);  // dtype and layout that the optimizer will see
-    torch::stable::copy_(matching, grad_weight);
-    grad_weight = matching;
-  }
-  return {grad_input, grad_weight};
+  return convolution_gradients(dz, input, conv_weight, stride, padding, dilation, groups, needs_input, needs_weight);
 }
 
-template <bool kOverwrite, class Function>
-struct BackwardForm;
-template <bool kOverwrite, class R, class... Args>
-struct BackwardForm<kOverwrite, R(bool, Args...)> {
-  static R call(Args... args) { return conv_backward(kOverwrite, std::move(args)...); }
-};
-using ConvBackward = BackwardForm<false, decltype(conv_backward)>;
-using ConvBackwardInPlace = BackwardForm<true, decltype(conv_backward)>;  // z's memory becomes dz's
+using ConvBackward = BackwardForm<&conv_backward, false>;
+using ConvBackwardInPlace = BackwardForm<&conv_backward, true>;  // z's memory becomes dz's
 
 // running = (1 - momentum) * running + momentum * batch, with the unbiased variance of `count` elements.
 void update_running_statistics_(Tensor running_mean, Tensor running_var, Tensor mean, Tensor var, OptionalTensor shift,
                                 int64_t count, double momentum) {
   const int64_t channels = mean.numel();
-  check_channels("running_mean", running_mean, channels);
-  check_channels("running_var", running_var, channels);
-  check_channels("var", var, channels);
-  check_channels("conv_bias", shift, channels);
+  check_channels("running_mean", running_mean, mean, channels);
+  check_channels("running_var", running_var, mean, channels);
+  check_channels("var", var, mean, channels);
+  check_channels("conv_bias", shift, mean, channels);
   Values new_mean = read_values(running_mean), new_var = read_values(running_var);
   const Values batch_mean = read_values(mean), batch_var = read_values(var), offset = read_values(shift, channels, 0.0);
   const double unbiased = count / (count - 1.0);
@@ -603,39 +403,7 @@ void update_running_statistics_(Tensor running_mean, Tensor running_var, Tensor 
 }  // namespace
 }  // namespace layerwise
 
-STABLE_TORCH_LIBRARY(layerwise_ext, m) {
-  m.def("batch_norm_statistics(Tensor z) -> (Tensor mean, Tensor var)");
-  m.def(
-      "bn_act_moments(Tensor z, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, float eps, str activation, "
-      "float negative_slope, int[] bins, bool second_moment) -> (Tensor y, Tensor m1, Tensor m2, Tensor sums, "
-      "Tensor mean_z, Tensor var_z)");
-  m.def(
-      "conv_bn_act_moments(Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor? weight, Tensor? bias, "
-      "Tensor? mean, Tensor? var, int[] stride, int[] padding, int[] dilation, int groups, float eps, str activation, "
-      "float negative_slope, int[] bins, bool second_moment) -> (Tensor y, Tensor m1, Tensor m2, Tensor sums, "
-      "Tensor mean_z, Tensor var_z, Tensor z)");
-  m.def(
-      "bn_act_moments_backward_sums(Tensor z, Tensor? grad_y, Tensor? grad_m1, Tensor? grad_m2, Tensor sums, Tensor mean, "
-      "Tensor var, Tensor? weight, Tensor? bias, float eps, str activation, float negative_slope, int[] bins) -> "
-      "(Tensor dgamma, Tensor dbeta)");
-  m.def(
-      "bn_act_moments_backward(Tensor z, Tensor? grad_y, Tensor? grad_m1, Tensor? grad_m2, Tensor dgamma, Tensor dbeta, "
-      "Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, str activation, float negative_slope, "
-      "int[] bins, float count) -> Tensor");
-  // The second form may leave dz in z.
-  for (const char* form : {"conv_bn_act_moments_backward(Tensor z", "conv_bn_act_moments_backward_(Tensor(a!) z"}) {
-    const std::string schema = std::string(form) +
-                               ", Tensor? grad_y, Tensor? grad_m1, Tensor? grad_m2, Tensor dgamma, Tensor dbeta, "
-                               "Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, str activation, "
-                               "float negative_slope, int[] bins, float count, Tensor input, Tensor conv_weight, "
-                               "int[] stride, int[] padding, int[] dilation, int groups, bool needs_input, "
-                               "bool needs_weight) -> (Tensor grad_input, Tensor grad_conv_weight)";
-    m.def(schema.c_str());
-  }
-  m.def(
-      "update_running_statistics_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, "
-      "Tensor? shift, int count, float momentum) -> ()");
-}
+STABLE_TORCH_LIBRARY(layerwise_ext, m) { layerwise::define_operators(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(layerwise_ext, CPU, m) {
   using namespace layerwise;

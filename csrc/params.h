@@ -7,7 +7,7 @@
 
 namespace layerwise {
 
-enum class DType { kFloat32, kBFloat16, kFloat64 };
+enum class DType { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
 // Which dimension is innermost in memory: C (channels_last, NHWC) or W (contiguous, NCHW).
 enum class Layout { kChannelsLast, kContiguous };

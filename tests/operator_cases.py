@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import backends
 import torch
 import torch.nn.functional as F
 from layerwise_ext import functional, reference
 from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+if backends.installed():
+    DTYPES["float16"] = torch.float16  # CUDA only
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 MARGIN = 1e-3
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The operator table on a build with AddressSanitizer and UndefinedBehaviorSanitizer.
+# The operator tables on builds with AddressSanitizer and UndefinedBehaviorSanitizer: the CPU kernels, and the CUDA
+# kernels on the host.
 #   tests/sanitize.sh [PYTHON] [PYTEST ARGUMENT ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,6 +13,9 @@ mkdir -p build/sanitize
 cmake -S . -B build/sanitize/cmake -G Ninja -DCMAKE_CXX_COMPILER="$cxx" -DPython_EXECUTABLE="$(command -v "$python")" \
   -DLAYERWISE_SANITIZE=ON -DLAYERWISE_CUDA=OFF
 cmake --build build/sanitize/cmake
+cmake -S tests/simt -B build/sanitize/simt -G Ninja -DCMAKE_CXX_COMPILER="$cxx" \
+  -DPython_EXECUTABLE="$(command -v "$python")" -DLAYERWISE_SANITIZE=ON
+cmake --build build/sanitize/simt
 rm -rf build/sanitize/package
 mkdir -p build/sanitize/package
 cp -r python/layerwise_ext build/sanitize/package/
@@ -24,5 +28,11 @@ export PYTHONPATH="$PWD/build/sanitize/package:$site" OMP_NUM_THREADS=1
 export LD_PRELOAD="$("$cxx" -print-file-name=libasan.so):$("$cxx" -print-file-name=libstdc++.so)"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 "$python" -S -c 'from layerwise_ext._ops import _C; assert _C.build_info()["sanitizers"] == "ON", _C.__file__'
-[ $# -gt 0 ] || set -- -q tests/test_bn_act_moments.py tests/test_conv_bn_act.py tests/test_winograd.py
-exec "$python" -S -m pytest -p no:cacheprovider "$@"
+export LAYERWISE_SIMT_BUILD="$PWD/build/sanitize/simt" # the CUDA kernels on the host
+pytest() { "$python" -S -m pytest -p no:cacheprovider -q "$@"; }
+if [ $# -gt 0 ]; then
+  pytest "$@"
+else
+  pytest tests/test_bn_act_moments.py tests/test_conv_bn_act.py tests/test_winograd.py tests/test_simt.py
+  pytest -n "${WORKERS:-2}" --backend=simt tests/test_cuda_kernels.py tests/test_bn_act_moments.py tests/test_conv_bn_act.py
+fi

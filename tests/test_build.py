@@ -88,17 +88,13 @@ def test_cuda_on_without_nvcc_fails(tmp_path):
 
 
 @needs_build_tools
-@pytest.mark.parametrize(
-    ("status", "message"),
-    [(1, "does not accept the host compiler .*CUDAHOSTCXX"), (0, "this version has no CUDA kernels yet")],
-)
-def test_cuda_on_with_nvcc_says_what_is_missing(tmp_path, status, message):
+def test_cuda_on_with_an_unsuitable_host_compiler_fails(tmp_path):
     nvcc = tmp_path / "nvcc"
-    nvcc.write_text(f"#!/bin/sh\nexit {status}\n")
+    nvcc.write_text("#!/bin/sh\nexit 1\n")
     nvcc.chmod(0o755)
     result = configure(tmp_path / "build", "-DLAYERWISE_CUDA=ON", CUDACXX=str(nvcc))
     assert result.returncode != 0
-    assert re.search(message, result.stdout)
+    assert re.search("does not accept the host compiler .*CUDAHOSTCXX", result.stdout)
 
 
 @needs_build_tools
@@ -136,12 +132,12 @@ def test_library_uses_only_the_stable_abi():
     assert [name for name in names if re.match(r"_ZN?K?(2at|3c10|5torch|6caffe2)", name)] == []
 
 
-def test_info_says_what_was_built_and_why_cuda_is_not_in():
+def test_info_says_what_was_built_and_why_cuda_is_or_is_not_in():
     facts = _info.collect()
     assert facts["layerwise_ext"] == layerwise_ext.__version__
     assert facts["torch"].startswith(torch.__version__)
     assert "portable" in facts["CPU kernels"]
-    assert facts["CUDA kernels"].startswith("not in, because ")
+    assert re.match("nvcc [0-9.]+ for [0-9]|not in, because ", facts["CUDA kernels"])
     result = subprocess.run([sys.executable, "-m", "layerwise_ext", "info"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == _info.report()

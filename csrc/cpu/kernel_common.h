@@ -47,6 +47,8 @@ void for_dtype(DType dtype, const Body& body) {
       return body(BFloat16{});
     case DType::kFloat64:
       return body(double{});
+    case DType::kFloat16:
+      break;  // no CPU kernels
   }
 }
 

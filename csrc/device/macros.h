@@ -5,6 +5,10 @@
 // out-of-line copy built for a newer one would crash an older machine.
 #if defined(__CUDACC__)
 #define LAYERWISE_INLINE static __host__ __device__ __forceinline__
+#define LAYERWISE_MEMBER __host__ __device__ __forceinline__
+#define LAYERWISE_DEVICE static __device__ __forceinline__  // for what only threads of a device can do
 #else
 #define LAYERWISE_INLINE static inline __attribute__((always_inline))
+#define LAYERWISE_MEMBER inline __attribute__((always_inline))
+#define LAYERWISE_DEVICE LAYERWISE_INLINE
 #endif

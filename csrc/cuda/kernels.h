@@ -1,0 +1,103 @@
+// The launchers of the CUDA kernels, for the glue: plain data in, nothing of torch or CUDA in this header.
+//
+// Maps have any strides; 16-byte accesses are used where the channels (channels_last) lie next to each other and are
+// aligned.  A is float, or double for float64 maps: the type of statistics, moments, sums and their gradients.
+#pragma once
+
+#include "../params.h"
+
+namespace layerwise::cuda {
+
+using Stream = void*;  // cudaStream_t
+
+// What normalises a map, [C] of A each.
+struct Norm {
+  const void* mean;
+  const void* var;     // biased
+  const void* weight;  // or null: 1
+  const void* bias;    // or null: 0
+  double eps;
+  Activation activation;
+};
+
+// Count, mean and M2, the sum of squared deviations, of a set of values.  In double: the mean of float32 values that are
+// much larger than their deviation is not a float32.
+struct Moments {
+  double count, mean, m2;
+};
+
+struct Statistics {
+  Map map;
+  const void* z;
+  Strides z_strides;
+  Moments* partial;  // statistics_partials of them
+  void* mean;     // [C] of A
+  void* var;      // [C] of A, biased
+};
+int64_t statistics_partials(const Map& map);
+void statistics(const Statistics& p, Stream stream);
+
+struct Apply {
+  Map map;
+  int64_t bins_h, bins_w;
+  const void* z;
+  Strides z_strides;
+  void* y;
+  Strides y_strides;
+  Norm norm;
+  void* m1;    // [N, C, bins_h, bins_w] of A in the map's layout, or null: no moments
+  void* m2;    // or null: no second moment
+  void* sums;  // A0, A1 and, for the second moment, B0, B1, each laid out as m1
+};
+void apply(const Apply& p, Stream stream);
+
+struct BackwardSums {
+  Map map;
+  int64_t bins_h, bins_w;
+  const void* z;
+  Strides z_strides;
+  const void* grad_y;  // or null
+  Strides grad_y_strides;
+  const void* p;  // dL/dm1 laid out as m1, or null
+  const void* q;  // dL/dm2, or null
+  const void* sums;
+  Norm norm;
+  void* partial;  // backward_sums_partials of A
+  void* dgamma;   // [C] of A
+  void* dbeta;    // [C] of A
+};
+int64_t backward_sums_partials(const Map& map, int64_t bins_h, int64_t bins_w);
+void backward_sums(const BackwardSums& p, Stream stream);
+
+struct InputGradient {
+  Map map;
+  int64_t bins_h, bins_w;
+  const void* z;
+  Strides z_strides;
+  void* dz;  // may be z
+  Strides dz_strides;
+  const void* grad_y;  // or null
+  Strides grad_y_strides;
+  const void* p;  // or null
+  const void* q;  // or null
+  Norm norm;
+  const void* dgamma;
+  const void* dbeta;
+  double count;  // elements per channel, 0 with fixed statistics
+};
+void input_gradient(const InputGradient& p, Stream stream);
+
+// running = (1 - momentum) * running + momentum * batch, with the unbiased variance of `count` elements.
+struct RunningStatistics {
+  DType dtype;  // float32 or float64, of all arrays
+  int64_t channels;
+  void* running_mean;
+  void* running_var;
+  const void* mean;
+  const void* var;
+  const void* shift;  // added to the mean, or null
+  double count, momentum;
+};
+void update_running_statistics(const RunningStatistics& p, Stream stream);
+
+}  // namespace layerwise::cuda

@@ -1,0 +1,37 @@
+// What the kernels need of CUDA, and the one place that launches them.  tests/simt stands in for it without a GPU.
+#pragma once
+
+#include <cstdint>
+
+#if defined(LAYERWISE_SIMT)
+#include "simt.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+// Shared memory of a block.
+#define LAYERWISE_SHARED(type, name, count) __shared__ type name[count]
+
+namespace layerwise::cuda {
+
+// Threads of one dimension; stream is a cudaStream_t.
+template <class... Parameters>
+void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream,
+            std::type_identity_t<Parameters>... arguments) {
+  if (blocks > INT32_MAX) throw std::runtime_error("too many blocks for a CUDA grid: " + std::to_string(blocks));
+  void* pointers[] = {&arguments...};
+  const cudaError_t error =
+      cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
+                       dim3(static_cast<unsigned>(threads)), pointers, 0, static_cast<cudaStream_t>(stream));
+  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA kernel launch: ") + cudaGetErrorString(error));
+}
+
+}  // namespace layerwise::cuda
+
+#endif

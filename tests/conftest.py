@@ -1,0 +1,25 @@
+"""``pytest --backend=simt`` (or ``cuda``) runs the operators' CUDA code in place of the CPU kernels: backends.py."""
+
+from __future__ import annotations
+
+import backends
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", choices=("cpu", "simt", "cuda"), default="cpu", help="whose kernels are tested")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cpu_kernels: only the CPU's kernels have it; left out with other backends")
+    backend = config.getoption("--backend")
+    if backend != "cpu":
+        backends.install(backend)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--backend") == "cpu":
+        return
+    left_out = [item for item in items if item.get_closest_marker("cpu_kernels") is not None]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]

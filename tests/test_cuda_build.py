@@ -1,0 +1,72 @@
+"""Every CUDA kernel compiles for every architecture, without warnings, spills or local memory; no GPU is needed.
+
+Needs nvcc. The build is a folder of its own, so that only what changed is compiled again.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import backends
+import layerwise_ext
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
+MOST_SECONDS = 360.0
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc (the CUDA toolkit) is not on PATH")
+
+
+def cmake(*arguments: str) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # cmake and ninja beside the interpreter
+    environment = os.environ | {"PATH": path}
+    return subprocess.run(["cmake", *arguments], capture_output=True, text=True, check=False, env=environment)
+
+
+@needs_nvcc
+def test_every_kernel_compiles_without_spills() -> None:
+    folder = str(ROOT / "build" / "cuda")
+    options = ["-DLAYERWISE_CUDA=ON", "-DLAYERWISE_STRICT=ON", f"-DPython_EXECUTABLE={sys.executable}"]
+    configured = cmake("-S", str(ROOT), "-B", folder, "-G", "Ninja", *options)
+    assert configured.returncode == 0, configured.stdout + configured.stderr
+    start = time.monotonic()
+    built = cmake("--build", folder, "--target", "cuda_kernels", "cuda_operators")
+    assert built.returncode == 0, built.stdout[-6000:] + built.stderr
+    assert time.monotonic() - start < MOST_SECONDS
+    commands = (ROOT / "build" / "cuda" / "build.ninja").read_text()
+    for flag in ("code=[sm_80]", "code=[sm_90a]", "code=[compute_90]", "--warn-on-spills", "-Werror=all-warnings"):
+        assert flag in commands
+
+
+@needs_nvcc
+def test_the_compiler_fails_on_local_memory(tmp_path: Path) -> None:
+    """The flags do what they are there for: an array that is indexed at run time lives in local memory."""
+    source = tmp_path / "planted.cu"
+    source.write_text(
+        "__global__ void planted(float* x, int i) {\n"
+        "  float a[64];\n"
+        "  for (int k = 0; k < 64; ++k) a[k] = x[k] * x[k + 64];\n"
+        "  for (int k = 0; k < 64; ++k) x[k] = a[(k * i) % 64];\n"
+        "}\n"
+    )
+    flags = ["-arch=sm_80", "-Xptxas=--warn-on-spills,--warn-on-local-memory-usage,-Werror"]
+    result = subprocess.run(
+        [str(NVCC), *flags, "-c", str(source), "-o", str(tmp_path / "planted.o")], capture_output=True, text=True
+    )
+    assert result.returncode != 0
+    assert "Local memory used" in result.stdout + result.stderr
+
+
+@needs_nvcc
+def test_kernels_are_in_the_build_whatever_torch_has() -> None:
+    """They register under CUDA and wait for a torch with a device; importing needs neither."""
+    if layerwise_ext._ops._C.build_info()["CUDA kernels"].startswith("not in, because LAYERWISE_CUDA=OFF"):
+        pytest.skip("built with LAYERWISE_CUDA=OFF")
+    for name in backends.OPERATORS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"layerwise_ext::{name}", "CUDA"), name
