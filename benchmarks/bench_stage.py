@@ -297,7 +297,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="two rows, few rounds, compile where it fits: under 40 s")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--rows", nargs="+", type=row, metavar="N,C_in,C_out,size,cells[,stride]")
+    parser.add_argument("--rows", nargs="+", type=row, metavar="N,C_in,C_out,size,cells[,stride[,kernel]]")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="the JSON file to write")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out the peak memory")

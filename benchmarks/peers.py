@@ -29,7 +29,7 @@ STEPS = (OURS, EAGER, CONTIGUOUS, COMPILE)  # complete training steps; CONVOLUTI
 
 
 class Row(NamedTuple):
-    """Shape of one benchmark row: square maps, 3x3 kernel, padding 1."""
+    """Shape of one benchmark row: square maps, square kernel, padding that keeps the size."""
 
     batch: int
     in_channels: int
@@ -37,16 +37,19 @@ class Row(NamedTuple):
     size: int
     cells: int
     stride: int = 1
+    kernel: int = 3
 
     @classmethod
     def parse(cls, text: str) -> Row:
-        """Reads ``N,C_in,C_out,size,cells`` or ``N,C_in,C_out,size,cells,stride``."""
+        """Reads ``N,C_in,C_out,size,cells[,stride[,kernel]]``."""
         try:
             values = [int(part) for part in text.split(",")]
         except ValueError:
             values = []
-        if len(values) not in (5, 6) or min(values) < 1:
-            raise ValueError(f"row must be N,C_in,C_out,size,cells[,stride] in positive integers, got {text!r}")
+        if len(values) not in (5, 6, 7) or min(values) < 1:
+            raise ValueError(
+                f"row must be N,C_in,C_out,size,cells[,stride[,kernel]] in positive integers, got {text!r}"
+            )
         row = cls(*values)
         if row.cells > row.output_size:
             raise ValueError(f"row {text!r}: {row.cells} cells do not fit a map of {row.output_size}")
@@ -62,7 +65,8 @@ class Row(NamedTuple):
 
     def __str__(self) -> str:
         text = f"{self.batch}x{self.in_channels}->{self.out_channels} {self.size}x{self.size}"
-        return f"{text} /{self.stride}" if self.stride > 1 else text
+        text += f" /{self.stride}" if self.stride > 1 else ""
+        return text if self.kernel == 3 else f"{text} {self.kernel}x{self.kernel}"
 
 
 ROWS = (
@@ -85,7 +89,7 @@ class EagerStage(nn.Module):
     def __init__(self, row: Row) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(row.in_channels, row.out_channels, 3, row.stride, padding=1, bias=False),
+            nn.Conv2d(row.in_channels, row.out_channels, row.kernel, row.stride, row.kernel // 2, bias=False),
             nn.BatchNorm2d(row.out_channels),
             nn.ReLU(),
         )
@@ -106,7 +110,7 @@ class FusedStage(nn.Module):
         super().__init__()
         import layerwise_ext as lw  # here, so that the peers run in processes that have not loaded the package
 
-        body = lw.nn.ConvBNReLU2d(row.in_channels, row.out_channels, 3, row.stride, padding=1)
+        body = lw.nn.ConvBNReLU2d(row.in_channels, row.out_channels, row.kernel, row.stride, row.kernel // 2)
         body.load_state_dict(eager.body.state_dict())
         head = lw.nn.PooledLinearHead(row.out_channels, NUM_CLASSES, bins=(row.cells, row.cells))
         with torch.no_grad():
@@ -136,12 +140,12 @@ class TrainingStep(Step):
     loss: Callable[[], Tensor]  # one run that gives its loss back, for comparing results
 
 
-def inputs(row: Row, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Input map [N, C_in, size, size], channels_last, in ``dtype``, and targets [N]."""
+def inputs(row: Row, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Input map [N, C_in, size, size], channels_last, in ``dtype``, and targets [N]; the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(row.batch, row.in_channels, row.size, row.size, generator=generator)
     target = torch.randint(0, NUM_CLASSES, (row.batch,), generator=generator)
-    return x.to(dtype).contiguous(memory_format=torch.channels_last), target
+    return x.to(device, dtype).contiguous(memory_format=torch.channels_last), target.to(device)
 
 
 def eager_stage(row: Row, seed: int = 0) -> EagerStage:
@@ -156,17 +160,21 @@ def eager_stage(row: Row, seed: int = 0) -> EagerStage:
 
 
 def training_step(name: str, row: Row, dtype: torch.dtype, x: Tensor, target: Tensor) -> TrainingStep:
-    """The step of contestant ``name`` for an input of `inputs`; all of them start from the same parameters."""
-    eager = eager_stage(row)
+    """The step of contestant ``name`` for an input of `inputs`; all of them start from the same parameters.
+
+    A name of COMPILE may carry a mode: ``compile:max-autotune``.
+    """
+    eager = eager_stage(row).to(x.device)
     if name == CONTIGUOUS:
         return _training_step(eager, eager, dtype, x.contiguous(), target)
     _use_channels_last(eager)
     if name == EAGER:
         return _training_step(eager, eager, dtype, x, target)
-    if name == COMPILE:
-        return _training_step(eager, torch.compile(eager, dynamic=False), dtype, x, target)
+    if name.partition(":")[0] == COMPILE:
+        mode = name.partition(":")[2] or None
+        return _training_step(eager, torch.compile(eager, dynamic=False, mode=mode), dtype, x, target)
     if name == OURS:
-        fused = FusedStage(row, eager)
+        fused = FusedStage(row, eager).to(x.device)
         _use_channels_last(fused)
         return _training_step(fused, fused, dtype, x, target)
     raise ValueError(f"unknown contestant {name!r}, choose from {', '.join(STEPS)}")
@@ -184,7 +192,7 @@ def _training_step(
     target: Tensor,
 ) -> TrainingStep:
     def loss() -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
             _features, loss = forward(x, target)  # the features live until the backward pass is done
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
@@ -202,9 +210,9 @@ def _training_step(
 def convolution_step(row: Row, dtype: torch.dtype, x: Tensor) -> Step:
     """Forward and weight gradient alone, weights already in ``dtype``: what no fusion around it can go below."""
     weight = next(eager_stage(row).body.parameters()).detach()
-    weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
+    weight = weight.to(x.device, dtype).contiguous(memory_format=torch.channels_last)
     # stride, padding, dilation, transposed, output_padding, groups
-    geometry = ([row.stride] * 2, [1, 1], [1, 1], False, [0, 0], 1)
+    geometry = ([row.stride] * 2, [row.kernel // 2] * 2, [1, 1], False, [0, 0], 1)
     grad = torch.randn_like(torch.ops.aten.convolution(x, weight, None, *geometry))
 
     def run() -> None:

@@ -112,7 +112,7 @@ def test_only_a_complete_run_writes_the_published_file():
         assert bench_stage.parse(options).output.name == "bench_stage-cpu-partial.json"
 
 
-@pytest.mark.parametrize("text", ["", "1,2,3", "8,4,16,64,2,1,1", "8,4,16,64,0", "8,4,x,64,2", "8,4,16,4,5"])
+@pytest.mark.parametrize("text", ["", "1,2,3", "8,4,16,64,2,1,1,1", "8,4,16,64,0", "8,4,x,64,2", "8,4,16,4,5"])
 def test_bad_row(text):
     with pytest.raises(ValueError, match="row"):
         Row.parse(text)

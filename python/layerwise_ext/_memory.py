@@ -15,7 +15,7 @@ For that number to be live memory, freed memory must leave the process, for ever
 - Two steps run before (compilation, code pages, workspaces that are kept for good); gradients are dropped before the
   step, as ``zero_grad()`` does, so their allocation counts.
 
-The pool rounds blocks up to 2 MiB, which counts too.  Memory that is allocated but never written does not count: eager
+The pool rounds blocks up to 64 KiB, which counts too.  Memory that is allocated but never written does not count: eager
 batch norm's backward, for one, allocates a map that it drops unused.  The kernel's counter is exact to some hundred KiB
 on small machines (it is batched per core), so steps with smaller maps are not judged by it.
 """

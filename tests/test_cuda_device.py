@@ -1,0 +1,111 @@
+"""On a CUDA device: streams, graph capture, running statistics, the layers as they are used there."""
+
+from __future__ import annotations
+
+import copy
+
+import layerwise_ext as lw
+import pytest
+import torch
+from torch import nn
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def stage(dtype: torch.dtype = torch.float32) -> lw.nn.LocalStage:
+    torch.manual_seed(0)
+    body = lw.nn.ConvBNReLU2d(16, 32, 3, padding=1)
+    return lw.nn.LocalStage(body, lw.nn.PooledLinearHead(32, 10, (4, 4))).to("cuda", dtype)
+
+
+def data() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    x = torch.randn(8, 16, 32, 32, device="cuda").contiguous(memory_format=torch.channels_last)
+    return x, torch.randint(0, 10, (8,), device="cuda")
+
+
+def step(module: lw.nn.LocalStage, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    loss = module(x, target).loss
+    assert loss is not None
+    loss.backward()
+    return loss.detach()
+
+
+def test_stage_equals_the_cpu() -> None:
+    module = stage()
+    host = copy.deepcopy(module).cpu()
+    x, target = data()
+    loss, expected = step(module, x, target), step(host, x.cpu(), target.cpu())
+    torch.testing.assert_close(loss.cpu(), expected, rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(module.parameters(), host.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad.cpu(), theirs.grad, rtol=2e-3, atol=2e-3 * theirs.grad.abs().max().item())
+    for ours, theirs in zip(module.buffers(), host.buffers(), strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs)
+
+
+def test_runs_on_the_current_stream() -> None:
+    module, (x, _) = stage(), data()
+    expected = module.features(x).detach().clone()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        doubled = x * 1  # a kernel on another stream would read this before it is written
+        actual = module.features(doubled).detach().clone()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_capture_in_a_graph() -> None:
+    """Nothing waits for the device; replays move running statistics and gradients as eager steps do."""
+    module, (x, target) = stage(), data()
+    eager = copy.deepcopy(module)
+    static_x, static_target = x.clone(memory_format=torch.preserve_format), target.clone()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(module, static_x, static_target)
+            module.zero_grad(set_to_none=True)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step(module, static_x, static_target)
+    module.load_state_dict(eager.state_dict())
+    for scale in (1.0, 2.0):
+        static_x.copy_(x * scale)
+        for parameter in module.parameters():
+            assert parameter.grad is not None
+            parameter.grad.zero_()
+        graph.replay()
+        eager.zero_grad(set_to_none=True)
+        expected = step(eager, x * scale, target)
+        torch.testing.assert_close(loss, expected)
+        for ours, theirs in zip(module.parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4)
+        for ours, theirs in zip(module.buffers(), eager.buffers(), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast(dtype: torch.dtype) -> None:
+    module, (x, target) = stage(), data()
+    with torch.autocast("cuda", dtype):
+        output = module(x, target)
+    assert output.features.dtype == dtype and output.loss is not None
+    output.loss.backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in module.parameters())
+
+
+def test_two_devices() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device")
+    z = torch.randn(2, 8, 6, 6, device="cuda:1")
+    y = lw.functional.bn_act_moments(z, training=True).y
+    torch.testing.assert_close(y, nn.functional.relu(nn.functional.batch_norm(z, None, None, training=True)))
+
+
+def test_tensors_on_different_devices_are_named() -> None:
+    z = torch.randn(2, 8, 6, 6, device="cuda")
+    with pytest.raises(RuntimeError, match=r"weight must be on the device of the map, cuda:0, got cpu"):
+        lw.functional.bn_act_moments(z, weight=torch.ones(8), training=True)
