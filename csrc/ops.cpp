@@ -160,20 +160,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_moments(Tensor
   return {y, m1, m2, sums, channel_tensor(z, s.mean), channel_tensor(z, s.var)};
 }
 
-// z of a convolution that has_winograd; its statistics, unless that is null.
-void winograd_convolution(const Tensor& input, const Tensor& weight, const Ints& padding, Tensor& z,
-                          cpu::BatchStatistics* statistics) {
+// Convolution z of x that has_winograd; the weight is [z's channels, x's channels, 3, 3] under its strides, from `w` on.
+void winograd_convolution(const Tensor& x, const void* w, const Strides& w_strides, int64_t padding_h,
+                          int64_t padding_w, Tensor& z, cpu::BatchStatistics* statistics) {
   WinogradParams p{};
   p.map = map_of(z, Layout::kChannelsLast);
   p.z = z.mutable_data_ptr();
   p.z_strides = strides_of(z);
-  p.x = input.const_data_ptr();
-  p.x_shape = shape_of(input);
-  p.x_strides = strides_of(input);
-  p.padding_h = padding[0];
-  p.padding_w = padding[1];
-  p.w = weight.const_data_ptr();
-  p.w_strides = strides_of(weight);
+  p.x = x.const_data_ptr();
+  p.x_shape = shape_of(x);
+  p.x_strides = strides_of(x);
+  p.padding_h = padding_h;
+  p.padding_w = padding_w;
+  p.w = w;
+  p.w_strides = w_strides;
   cpu::winograd(p, statistics, parallel_for);
 }
 
@@ -200,7 +200,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_m
                                           window_of(w, stride, padding, dilation));
   if (winograd) {
     z = allocate_map(input, s, Layout::kChannelsLast);
-    winograd_convolution(input, w, padding, *z, mean.has_value() ? nullptr : &batch);
+    winograd_convolution(input, w.const_data_ptr(), strides_of(w), padding[0], padding[1], *z,
+                         mean.has_value() ? nullptr : &batch);
     if (!mean.has_value()) statistics = finish(batch, s.c);
   } else if (pieces == 1) {
     z = convolution(input, w, stride, padding, dilation, groups);
@@ -355,6 +356,26 @@ Tensor fused_weight_gradient(GradientInputs& gradient, const Tensor& input, cons
   return dw.scalar_type() == conv_weight.scalar_type() ? dw : torch::stable::to(dw, conv_weight.scalar_type());
 }
 
+// The gradient of the input, where that is a convolution that has_winograd: of dz with the weight turned around, from
+// output to input channels.
+std::optional<Tensor> winograd_input_gradient(const Tensor& dz, const Tensor& input, const Tensor& conv_weight,
+                                              const Window& window) {
+  Window turned = window;
+  turned.padding_h = window.kernel_h - 1 - window.padding_h;
+  turned.padding_w = window.kernel_w - 1 - window.padding_w;
+  if (turned.padding_h < 0 || turned.padding_w < 0 || !is_nested_channels_last(dz) ||
+      !cpu::has_winograd(map_of(dz, shape_of(input), Layout::kChannelsLast), shape_of(dz), strides_of(dz), turned))
+    return std::nullopt;
+  const Tensor w =
+      conv_weight.scalar_type() == dz.scalar_type() ? conv_weight : torch::stable::to(conv_weight, dz.scalar_type());
+  const Strides s = strides_of(w);
+  const int64_t last = (window.kernel_h - 1) * s.h + (window.kernel_w - 1) * s.w;
+  Tensor gradient = allocate_map(dz, shape_of(input), Layout::kChannelsLast);
+  winograd_convolution(dz, static_cast<const char*>(w.const_data_ptr()) + last * w.element_size(),
+                       {s.c, s.n, -s.h, -s.w}, turned.padding_h, turned.padding_w, gradient, nullptr);
+  return gradient;
+}
+
 // Gradients of input and conv_weight; an empty tensor stands for one that is not needed.
 std::tuple<Tensor, Tensor> conv_backward(bool overwrite, Tensor z, OptionalTensor grad_y, OptionalTensor grad_m1,
                                          OptionalTensor grad_m2, Tensor dgamma, Tensor dbeta, Tensor mean, Tensor var,
@@ -367,15 +388,31 @@ std::tuple<Tensor, Tensor> conv_backward(bool overwrite, Tensor z, OptionalTenso
   const auto [map, layout] = readable(z);
   GradientInputs gradient(map, layout, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, eps,
                           activation, negative_slope, bins, count);
-  if (!needs_input && groups == 1 && input.scalar_type() == z.scalar_type() &&
-      cpu::has_weight_gradient(gradient.params.map, shape_of(input), strides_of(input),
-                               window_of(conv_weight, stride, padding, dilation))) {
-    return {empty_vector(z, 0, z.scalar_type()),
-            fused_weight_gradient(gradient, input, conv_weight, stride, padding, dilation)};
+  const Window window = window_of(conv_weight, stride, padding, dilation);
+  const bool plain = groups == 1 && input.scalar_type() == z.scalar_type();
+  const Tensor none = empty_vector(z, 0, z.scalar_type());
+  Tensor grad_weight = none;
+  // First, from z, which dz may replace.  Where dz must be written anyway, only tiles are worth forming it once more.
+  const Map& dz_map = gradient.params.map;
+  if (needs_weight && plain &&
+      (needs_input ? cpu::has_winograd(dz_map, shape_of(input), strides_of(input), window)
+                   : cpu::has_weight_gradient(dz_map, shape_of(input), strides_of(input), window))) {
+    grad_weight = fused_weight_gradient(gradient, input, conv_weight, stride, padding, dilation);
+    needs_weight = false;
   }
+  if (!needs_input && !needs_weight) return {none, grad_weight};
   Tensor dz = overwrite ? map : allocate_map(z, shape_of(z), layout);
   gradient.write(dz);
-  return convolution_gradients(dz, input, conv_weight, stride, padding, dilation, groups, needs_input, needs_weight);
+  std::optional<Tensor> grad_input;
+  if (needs_input && plain) grad_input = winograd_input_gradient(dz, input, conv_weight, window);
+  if (needs_weight || (needs_input && !grad_input.has_value())) {
+    const auto [other_input, other_weight] =
+        convolution_gradients(dz, input, conv_weight, stride, padding, dilation, groups,
+                              needs_input && !grad_input.has_value(), needs_weight);
+    if (!grad_input.has_value()) grad_input = other_input;
+    if (needs_weight) grad_weight = other_weight;
+  }
+  return {*grad_input, grad_weight};
 }
 
 using ConvBackward = BackwardForm<&conv_backward, false>;

@@ -25,6 +25,7 @@ SHAPES = {
     "long rows in pieces": (2, 16, 16, 8, 300, 1, (1, 5)),
     "weights in slabs": (12, 256, 384, 16, 16, 1, (2, 2)),
     "three vectors": (3, 19, 112, 31, 33, 1, (3, 3)),
+    "blocks both ways": (3, 80, 144, 30, 33, 1, (3, 3)),
 }
 
 
@@ -62,27 +63,29 @@ def eager(x: Tensor, conv_weight: Tensor, weight: Tensor, bias: Tensor, options:
     return y, F.adaptive_avg_pool2d(y, options["bins"]) * area
 
 
-def step(function: Any, t: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Tensor]:
-    leaves = {k: t[k].detach().requires_grad_() for k in ("conv_weight", "weight", "bias")}
-    y, m1, *_ = function(t["x"], *leaves.values(), options)
+def step(function: Any, t: dict[str, Tensor], options: dict[str, Any], needs_input: bool = False) -> dict[str, Tensor]:
+    names = (*(["x"] if needs_input else []), "conv_weight", "weight", "bias")
+    leaves = {k: t[k].detach().requires_grad_() for k in names}
+    y, m1, *_ = function(*({**t, **leaves}[k] for k in ("x", "conv_weight", "weight", "bias")), options)
     (m1 * t["p"].to(m1.dtype)).sum().backward()
     return {"y": y.detach(), "m1": m1.detach(), **{f"d {k}": v.grad for k, v in leaves.items()}}
 
 
-def compare(t: dict[str, Tensor], options: dict[str, Any]) -> None:
-    expected = step(eager, {k: v.double() for k, v in t.items()}, options)
-    ours, peer = step(fused, t, options), step(eager, t, options)
+def compare(t: dict[str, Tensor], options: dict[str, Any], needs_input: bool = False) -> None:
+    expected = step(eager, {k: v.double() for k, v in t.items()}, options, needs_input)
+    ours, peer = step(fused, t, options, needs_input), step(eager, t, options, needs_input)
     for name, value in expected.items():
         error, allowed = (((a.double() - value).norm() / value.norm()).item() for a in (ours[name], peer[name]))
         allowed = 2 * allowed + torch.finfo(ours[name].dtype).eps
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 
 
+@pytest.mark.parametrize("needs_input", [False, True], ids=["local", "joint"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_table(shape: str, dtype: str, capability: str) -> None:
+def test_table(shape: str, dtype: str, needs_input: bool, capability: str) -> None:
     t = tensors(SHAPES[shape], DTYPES[dtype])
-    compare(t, {"training": True, "padding": SHAPES[shape][5], "bins": SHAPES[shape][6]})
+    compare(t, {"training": True, "padding": SHAPES[shape][5], "bins": SHAPES[shape][6]}, needs_input)
 
 
 def test_it_is_not_the_library() -> None:
@@ -119,9 +122,9 @@ def test_views(dtype: str) -> None:
     view = big[1::2, 8:32, 2:15, 3:14]
     view.copy_(t["x"])
     options = {"training": True, "padding": 1, "bins": (2, 2)}
-    expected = step(fused, t, options)
+    expected = step(fused, t, options, True)
     for weight in (t["conv_weight"], t["conv_weight"].contiguous(memory_format=torch.channels_last)):
-        actual = step(fused, {**t, "x": view, "conv_weight": weight}, options)
+        actual = step(fused, {**t, "x": view, "conv_weight": weight}, options, True)
         assert all(torch.equal(actual[name], value) for name, value in expected.items())
     assert big[0::2].count_nonzero() == 0
 
@@ -161,7 +164,7 @@ def test_threads_and_runs(dtype: str) -> None:
             results = []
             for threads in (1, 2, 2, 3):
                 torch.set_num_threads(threads)
-                results.append(step(fused, t, {"training": True, "padding": 1, "bins": SHAPES[shape][6]}))
+                results.append(step(fused, t, {"training": True, "padding": 1, "bins": SHAPES[shape][6]}, True))
             for other in results[1:]:
                 assert all(torch.equal(results[0][name], other[name]) for name in other)
     finally:
