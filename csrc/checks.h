@@ -68,6 +68,8 @@ inline void check_normalization(const Tensor& map, const Shape& s, const Optiona
 
 inline void check_gradients(const Tensor& z, const OptionalTensor& grad_y, const OptionalTensor& grad_m1,
                             const OptionalTensor& grad_m2, const Ints& bins) {
+  STD_TORCH_CHECK(!bins.empty() || (!grad_m1.has_value() && !grad_m2.has_value()),
+                  "grad_m1 and grad_m2 must not be given without bins");
   const Ints moments = bins.empty() ? Ints{} : Ints{z.size(0), z.size(1), bins[0], bins[1]};
   const auto check = [&](const char* name, const OptionalTensor& g, const Ints& size, ScalarType dtype) {
     if (!g.has_value()) return;
@@ -86,6 +88,8 @@ inline void check_sums(const Tensor& z, const OptionalTensor& grad_m1, const Opt
                        const Tensor& sums, const Ints& bins) {
   if (!grad_m1.has_value() && !grad_m2.has_value()) return;
   check_device("sums", sums, z);
+  STD_TORCH_CHECK(sums.numel() == 0 || sums.const_data_ptr() != nullptr,
+                  "the sums of this forward pass were given back by a backward pass that failed; run it again");
   const int64_t plane = z.size(0) * z.size(1) * bins[0] * bins[1];
   STD_TORCH_CHECK((sums.numel() == 4 * plane || (sums.numel() == 2 * plane && !grad_m2.has_value())) &&
                       sums.is_contiguous() && sums.scalar_type() == accumulation_type(z.scalar_type()),

@@ -5,17 +5,13 @@
 #include <tuple>
 
 #if !defined(LAYERWISE_SIMT)
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #endif
 
 #include "convolution.h"
 #include "cuda/kernels.h"
 #include "schemas.h"
-
-#if !defined(LAYERWISE_SIMT)
-// Absent from a torch without CUDA, where no CUDA tensor exists that would need it.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
-#endif
 
 namespace layerwise {
 namespace {
@@ -28,15 +24,26 @@ struct Device {
   cuda::Stream stream() const { return nullptr; }
 };
 #else
+// The stream that torch runs on.  The function lives in torch's CUDA library, which is not linked, so that a torch without
+// CUDA loads this one, too; there is no CUDA tensor without it having been loaded.
+cuda::Stream current_stream(int32_t device_index) {
+  using Function = AOTITorchError (*)(int32_t device_index, void** stream);
+  static const Function function = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<Function>(
+        dlsym(library == nullptr ? RTLD_DEFAULT : library, "aoti_torch_get_current_cuda_stream"));
+  }();
+  STD_TORCH_CHECK(function != nullptr, "this torch has no aoti_torch_get_current_cuda_stream: is it built with CUDA?");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(function(device_index, &stream));
+  return stream;
+}
+
 // Makes a tensor's device the current one for as long as it lives.
 class Device {
  public:
   explicit Device(const Tensor& t) : index_(t.get_device_index()), guard_(index_) {}
-  cuda::Stream stream() const {
-    void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
-    return stream;
-  }
+  cuda::Stream stream() const { return current_stream(index_); }
 
  private:
   int32_t index_;
@@ -284,7 +291,8 @@ void update_running_statistics_(Tensor running_mean, Tensor running_var, Tensor 
   check_channels("var", var, mean, channels);
   check_channels("conv_bias", shift, mean, channels);
   const Device device(mean);
-  const ScalarType dtype = mean.scalar_type();
+  if (channels == 0) return;
+  const ScalarType dtype = mean.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   // The kernel works on arrays of one type; running statistics of another one are converted there and back.
   const auto in_dtype = [&](const Tensor& t) {
     return t.scalar_type() == dtype && (channels == 1 || t.stride(0) == 1)

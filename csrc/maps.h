@@ -56,8 +56,8 @@ inline std::optional<Layout> readable_layout(const Tensor& t) {
   return std::nullopt;
 }
 
-// Channels, then width, height and samples, each outside of the one before: what makes ATen's convolution write
-// channels_last.
+// Channels, then width, height and samples, each outside of the one before: an input or a weight like this makes
+// ATen's convolution write channels_last.
 inline bool is_nested_channels_last(const Tensor& t) {
   int64_t least = 1;
   for (const int64_t d : {1, 3, 2, 0}) {

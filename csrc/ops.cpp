@@ -1,5 +1,5 @@
-// The operators on the CPU, and their schemas, through the LibTorch stable ABI.  With the headers beside it and
-// cuda_ops.cpp this is the only code that knows torch.
+// The operators on the CPU, through the LibTorch stable ABI.  With the headers beside it and cuda_ops.cpp this is the only
+// code that knows torch.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -363,7 +363,9 @@ std::optional<Tensor> winograd_input_gradient(const Tensor& dz, const Tensor& in
   Window turned = window;
   turned.padding_h = window.kernel_h - 1 - window.padding_h;
   turned.padding_w = window.kernel_w - 1 - window.padding_w;
-  if (turned.padding_h < 0 || turned.padding_w < 0 || !is_nested_channels_last(dz) ||
+  // Where ATen would write channels_last, too.
+  const bool channels_last = is_nested_channels_last(input) || is_nested_channels_last(conv_weight);
+  if (!channels_last || turned.padding_h < 0 || turned.padding_w < 0 || !is_nested_channels_last(dz) ||
       !cpu::has_winograd(map_of(dz, shape_of(input), Layout::kChannelsLast), shape_of(dz), strides_of(dz), turned))
     return std::nullopt;
   const Tensor w =

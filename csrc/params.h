@@ -1,4 +1,4 @@
-// Plain-data parameters: the only thing that passes from the glue (ops.cpp) to the kernels of any device.
+// Plain-data parameters: the only thing that passes from the glue (*_ops.cpp) to the kernels.
 #pragma once
 
 #include <cstdint>

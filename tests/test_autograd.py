@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from layerwise_ext import _ops, functional
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -239,6 +241,7 @@ def test_sums_are_given_back_unless_somebody_holds_them(held: bool, monkeypatch:
         return answers[-1]
 
     monkeypatch.setattr(_ops, "_is_last_reader", watch)
+    monkeypatch.setattr(_ops, "_OWN_REFERENCES", _ops._OWN_REFERENCES + 1)  # that of watch
     stage = Stage()
     form = ([1, 1], [1, 1], [1, 1], 1, 1e-5, "relu", 0.0, [2, 2], True)
     _, m1, _, sums, *_ = operators.conv_bn_act_moments(stage.x, stage.w, *([None] * 5), *form)
@@ -248,6 +251,15 @@ def test_sums_are_given_back_unless_somebody_holds_them(held: bool, monkeypatch:
     assert answers[0] is not held
     if view is not None:
         assert torch.equal(view, before[5:])
+
+
+def test_saved_tensors_that_somebody_took_out_of_the_node_stay() -> None:
+    stage = Stage()
+    m = stage.moments()
+    saved = m.y.grad_fn.saved_tensors
+    before = [None if t is None else t.clone() for t in saved]
+    cubes(m).backward()
+    assert all(t is None or torch.equal(t, b) for t, b in zip(saved, before, strict=True))
 
 
 @pytest.mark.parametrize("convolution", [True, False])
@@ -269,6 +281,23 @@ def test_without_second_moment(convolution: bool) -> None:
         results.append((m.y.detach(), m.m1.detach(), w.grad))
     for with_it, without in zip(*results, strict=True):
         assert torch.equal(with_it, without)
+
+
+def test_layout_of_the_input_gradient_is_that_of_tracing() -> None:
+    """Maps of one pixel are both layouts at once; the gradient is laid out as ATen's, which follows the input."""
+    x = torch.randn(200, 32, 3, 3).to(torch.bfloat16).requires_grad_()
+    w = torch.randn(32, 32, 3, 3).to(torch.bfloat16).requires_grad_()
+    strides = []
+    for tracing in (False, True):
+        with FakeTensorMode(allow_non_fake_inputs=True) if tracing else contextlib.nullcontext():
+            form = ([1, 1], [0, 0], [1, 1], 1, 1e-5, "relu", 0.0, [1, 1])
+            none, channels = (None, None), torch.ones(32)
+            z = torch.randn(200, 32, 1, 1).to(torch.bfloat16)
+            p = torch.randn(200, 32, 1, 1)
+            arguments = (z, None, p, None, channels, channels, channels, channels, *none, *form[4:], 200.0, x, w)
+            gradient, _ = operators.conv_bn_act_moments_backward(*arguments, *form[:4], True, True)
+            strides.append(gradient.stride())
+    assert strides[0] == strides[1]
 
 
 # -- What is computed -------------------------------------------------------------------------------------------------

@@ -120,3 +120,11 @@ def test_cache_of_activations() -> None:
             _C.set_cache_limit(-1)
     finally:
         _C.set_cache_limit(limit)
+
+
+def test_moment_gradients_need_bins() -> None:
+    mean, sums = torch.zeros(4), torch.zeros(0)
+    with pytest.raises(RuntimeError, match="must not be given without bins"):
+        torch.ops.layerwise_ext.bn_act_moments_backward_sums(
+            Z, None, torch.tensor(0.0), None, sums, mean, mean, None, None, 1e-5, "relu", 0.0, []
+        )

@@ -18,9 +18,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
+FOLDERS = [os.environ.get("CUDA_HOME", "") + "/bin", "/usr/local/cuda/bin"]  # as cmake/DetectCuda.cmake
+NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc", path=os.pathsep.join([os.environ["PATH"], *FOLDERS]))
 MOST_SECONDS = 360.0
-needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc (the CUDA toolkit) is not on PATH")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc (the CUDA toolkit) was not found")
 
 
 def cmake(*arguments: str) -> subprocess.CompletedProcess[str]:

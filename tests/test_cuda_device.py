@@ -12,10 +12,15 @@ from torch import nn
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-def stage(dtype: torch.dtype = torch.float32) -> lw.nn.LocalStage:
+@pytest.fixture(autouse=True)
+def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def stage(bins: tuple[int, int] = (4, 4)) -> lw.nn.LocalStage:
     torch.manual_seed(0)
     body = lw.nn.ConvBNReLU2d(16, 32, 3, padding=1)
-    return lw.nn.LocalStage(body, lw.nn.PooledLinearHead(32, 10, (4, 4))).to("cuda", dtype)
+    return lw.nn.LocalStage(body, lw.nn.PooledLinearHead(32, 10, bins)).to("cuda")
 
 
 def data() -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,9 +61,10 @@ def test_runs_on_the_current_stream() -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_capture_in_a_graph() -> None:
+@pytest.mark.parametrize("bins", [(4, 4), (3, 5)])  # cells that are alike, and cells that overlap
+def test_capture_in_a_graph(bins: tuple[int, int]) -> None:
     """Nothing waits for the device; replays move running statistics and gradients as eager steps do."""
-    module, (x, target) = stage(), data()
+    module, (x, target) = stage(bins), data()
     eager = copy.deepcopy(module)
     static_x, static_target = x.clone(memory_format=torch.preserve_format), target.clone()
     side = torch.cuda.Stream()
@@ -95,6 +101,15 @@ def test_autocast(dtype: torch.dtype) -> None:
     assert output.features.dtype == dtype and output.loss is not None
     output.loss.backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in module.parameters())
+
+
+def test_a_map_that_is_not_aligned() -> None:
+    values = torch.randn(2, 8, 6, 6, device="cuda").contiguous(memory_format=torch.channels_last)
+    shifted = torch.empty(values.numel() + 1, device="cuda")[1:].as_strided(values.shape, values.stride())
+    shifted.copy_(values)
+    actual, expected = (lw.functional.bn_act_moments(z, training=True, bins=2) for z in (shifted, values))
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_two_devices() -> None:

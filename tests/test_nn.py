@@ -302,3 +302,12 @@ def test_head_rejects_bad_input() -> None:
         PooledLinearHead(3, 5, bins=0)
     with pytest.raises(ValueError, match="label_smoothing is 2"):
         PooledLinearHead(3, 5, label_smoothing=2)
+
+
+def test_half_precision_heads_do_not_overflow() -> None:
+    """The sum over a cell of 112x112 leaves the range of float16, its mean does not."""
+    y = torch.full((2, 8, 112, 112), 6.0)
+    m1 = y.sum((2, 3), keepdim=True)
+    head = PooledLinearHead(8, 10, (1, 1), dtype=torch.float16)
+    logits = head(PooledMoments(m1, None, (112, 112))).logits
+    torch.testing.assert_close(logits, head.to_modules()(y.half()), rtol=2e-3, atol=2e-3)

@@ -112,7 +112,7 @@ constexpr int64_t kWinogradGradientSums = 24 * 128 * kWinogradBlock;
 static inline int64_t weight_gradient_inputs(const WeightGradientParams& p) {
   if (!p.winograd) return p.x_shape.c;
   const int64_t products = winograd_plan(p.gradient.map, p.x_shape.c).products;
-  const int64_t most = kWinogradGradientSums / (products * kWinogradBlock);
+  const int64_t most = kWinogradGradientSums / (products * kWinogradBlock) / kWinogradLanes * kWinogradLanes;
   return round_to_lanes(divide_up(p.x_shape.c, divide_up(p.x_shape.c, most)));
 }
 

@@ -1,10 +1,11 @@
 """Loads the operator library and registers what Python adds to it: fake kernels and autograd formulas.
 
-The operators themselves are declared in ``csrc/ops.cpp``. They are internal: call :mod:`layerwise_ext.functional`.
+The operators themselves are declared in ``csrc/schemas.h``. They are internal: call :mod:`layerwise_ext.functional`.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -171,13 +172,48 @@ def _register_autograd(name: str, setup_context: Any, backward: Any) -> None:
     _library.impl(name, autograd_kernel, "Autograd", with_keyset=True)
 
 
+def _references(saved: Tensor) -> int:
+    return sys.getrefcount(saved)
+
+
+def _count_own_references() -> int:
+    """References to a saved tensor when nobody but its node has it: versions of torch and of Python differ in it."""
+    counts = []
+
+    class Probe(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x.detach())
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Any:
+            (saved,) = ctx.saved_tensors
+
+            def reader(saved: Tensor) -> None:  # stands for _is_last_reader
+                counts.append(_references(saved))
+
+            reader(saved)
+            return gradient
+
+    with torch.inference_mode(False), torch.enable_grad():
+        Probe.apply(torch.zeros(1, requires_grad=True)).backward()
+    return counts[0]
+
+
+_OWN_REFERENCES = _count_own_references()
+
+
 def _is_last_reader(ctx: Any, saved: Tensor) -> bool:
     """Whether nobody will read a tensor that a node saved again, so that its memory may be put to other use.
 
-    Not so while tracing (it is a stand-in then), where saved-tensor hooks saw it, with retain_graph=True, and while
-    anything but the node's own two handles, the saved tensor and the storage looked at here, refers to its memory.
+    Not so while tracing (it is a stand-in then), where saved-tensor hooks saw it, with retain_graph=True, while
+    somebody else has the saved tensor itself (``grad_fn.saved_tensors``), and while anything but the node's own two
+    handles, the saved tensor and the storage looked at here, refers to its memory.
     """
     if type(saved) is not Tensor or ctx.hooked or torch._C._autograd._get_current_graph_task_keep_graph():
+        return False
+    if _references(saved) > _OWN_REFERENCES:
         return False
     return torch._C._storage_Use_Count(saved.untyped_storage()._cdata) <= 2
 

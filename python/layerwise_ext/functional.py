@@ -1,8 +1,8 @@
 """Fused operators: batch norm, activation and pooled moments in one pass over the pre-activation, each way.
 
-All take maps ``[N, C, H, W]`` in float32, bfloat16 or float64, ``channels_last`` or contiguous, each read in its own
-layout; statistics, moments and their gradients are float32 (float64 for float64 maps). The formulas stand in
-:mod:`layerwise_ext.reference`, which is the specification.
+All take maps ``[N, C, H, W]`` in float32, bfloat16 or float64 (on CUDA float16, too), ``channels_last`` or contiguous,
+each read in its own layout; statistics, moments and their gradients are float32 (float64 for float64 maps). The
+formulas stand in :mod:`layerwise_ext.reference`, which is the specification.
 """
 
 from __future__ import annotations
@@ -50,11 +50,12 @@ def cell_area(size: Sequence[int], bins: Pair, device: torch.device | str | None
     Returns:
         float32 tensor ``[bins_h, bins_w]``.
     """
-    rows, columns = (
-        [-(-(i + 1) * extent // count) - i * extent // count for i in range(count)]
-        for extent, count in zip(size, _pair("bins", bins), strict=True)
-    )
-    return torch.tensor([[h * w for w in columns] for h in rows], dtype=torch.float32, device=device)
+    sides = []
+    for extent, count in zip(size, _pair("bins", bins), strict=True):
+        # On the device: a copy from the host would wait for it, and could not be captured in a CUDA graph.
+        i = torch.arange(count, device=device)
+        sides.append(((i + 1) * extent + count - 1) // count - i * extent // count)
+    return (sides[0][:, None] * sides[1]).float()
 
 
 def _check_statistics(running_mean: Tensor | None, running_var: Tensor | None, training: bool, momentum: float) -> None:
