@@ -35,6 +35,8 @@ struct Channels {
   const void* beta;
 };
 
+constexpr int64_t kIgnoredTarget = -100;  // of a sample that cross-entropy leaves out, as in PyTorch
+
 struct Activation {
   bool relu;              // negative_slope is 0 and -inf maps to 0
   double negative_slope;  // 1 is the identity

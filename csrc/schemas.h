@@ -45,6 +45,13 @@ void define_operators(Library& m) {
   m.def(
       "update_running_statistics_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, "
       "Tensor? shift, int count, float momentum) -> ()");
+  // m1 sums a map of size (H, W) over its cells.  An empty tensor stands for a gradient that is not needed.
+  m.def(
+      "pooled_linear_cross_entropy(Tensor m1, Tensor weight, Tensor? bias, Tensor target, int[] size, "
+      "float label_smoothing) -> (Tensor loss, Tensor logits, Tensor grad_logits)");
+  m.def(
+      "pooled_linear_cross_entropy_backward(Tensor grad_logits, Tensor? scale, Tensor m1, Tensor weight, int[] size, "
+      "bool needs_m1, bool needs_weight, bool needs_bias) -> (Tensor grad_m1, Tensor grad_weight, Tensor grad_bias)");
 }
 
 // One of two forms of a function whose first argument says whether it may leave dz in z.

@@ -29,6 +29,8 @@ OPERATORS = (
     "conv_bn_act_moments_backward",
     "conv_bn_act_moments_backward_",
     "update_running_statistics_",
+    "pooled_linear_cross_entropy",
+    "pooled_linear_cross_entropy_backward",
 )
 _libraries: list[torch.library.Library] = []
 

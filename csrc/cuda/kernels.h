@@ -100,4 +100,37 @@ struct RunningStatistics {
 };
 void update_running_statistics(const RunningStatistics& p, Stream stream);
 
+// Average pooling from sums over cells, a linear classifier and cross-entropy (functional.pooled_linear_cross_entropy).
+struct Head {
+  DType dtype;     // float32 or float64, of all arrays
+  Layout layout;   // of the sums and of their gradient, dense
+  Shape moments;   // [N, C, bins_h, bins_w]
+  int64_t height, width;  // of the map that was summed
+  int64_t classes;
+  const void* m1;
+  const void* weight;  // [classes, C * bins_h * bins_w]
+};
+
+struct HeadForward {
+  Head head;
+  const void* bias;        // [classes], or null
+  const int64_t* targets;  // [N]
+  double label_smoothing;
+  void* logits;       // [N, classes]
+  void* grad_logits;  // [N, classes], of the loss
+  void* sample_losses;  // [N]
+  void* loss;           // mean over the samples that are not ignored
+};
+void head_forward(const HeadForward& p, Stream stream);
+
+struct HeadBackward {
+  Head head;
+  const void* grad_logits;
+  const void* scale;  // a factor of all gradients on the device, or null: 1
+  void* grad_m1;      // each of the three may be null
+  void* grad_weight;
+  void* grad_bias;
+};
+void head_backward(const HeadBackward& p, Stream stream);
+
 }  // namespace layerwise::cuda

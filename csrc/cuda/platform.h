@@ -15,6 +15,9 @@
 #include <string>
 #include <type_traits>
 
+// Ends the program of the device, as PyTorch's own kernels do.
+#define LAYERWISE_REQUIRE(condition, what) \
+  if (!(condition)) __assert_fail(what, __FILE__, __LINE__, __func__)
 // Shared memory of a block.
 #define LAYERWISE_SHARED(type, name, count) __shared__ type name[count]
 

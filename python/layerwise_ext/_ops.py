@@ -132,6 +132,22 @@ def _(running_mean, running_var, mean, var, shift, count, momentum):
     return None
 
 
+@torch.library.register_fake("layerwise_ext::pooled_linear_cross_entropy")
+def _(m1, weight, bias, target, size, label_smoothing):
+    _check_devices(m1, weight=weight, bias=bias, target=target)
+    logits = (m1.size(0), weight.size(0))
+    return m1.new_empty(()), m1.new_empty(logits), m1.new_empty(logits)
+
+
+@torch.library.register_fake("layerwise_ext::pooled_linear_cross_entropy_backward")
+def _(grad_logits, scale, m1, weight, size, needs_m1, needs_weight, needs_bias):
+    return (
+        _empty_map(m1, list(m1.shape), _is_channels_last(m1), m1.dtype) if needs_m1 else m1.new_empty(0),
+        m1.new_empty(weight.size(0) if needs_weight else 0, weight.size(1)),
+        m1.new_empty(weight.size(0) if needs_bias else 0),
+    )
+
+
 # -- Autograd ----------------------------------------------------------------------------------------------------------
 #
 # One node per layer. It saves z and what is per channel or per cell, never y: a stock network overwrites its
@@ -317,3 +333,27 @@ def _backward_conv(ctx: Any, grad_y: Any, grad_m1: Any, grad_m2: Any, *_: Any) -
 
 
 _register_autograd("conv_bn_act_moments", _setup_conv, _backward_conv)
+
+
+def _setup_head(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    m1, weight, _, _, size, _ = inputs
+    _, _, grad_logits = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(grad_logits)
+    ctx.save_for_backward(m1, weight, grad_logits)
+    ctx.size = size
+
+
+def _backward_head(ctx: Any, grad_loss: Any, grad_logits: Any, *_: Any) -> tuple[Tensor | None, ...]:
+    m1, weight, gradient = ctx.saved_tensors
+    scale = grad_loss
+    if grad_logits is not None:  # somebody uses the logits, too
+        gradient = grad_logits if grad_loss is None else torch.addcmul(grad_logits, gradient, grad_loss)
+        scale = None
+    needs = ctx.needs_input_grad[1:4]
+    grads = operators.pooled_linear_cross_entropy_backward(gradient, scale, m1, weight, ctx.size, *needs)
+    wanted = tuple(g if needed else None for g, needed in zip(grads, needs, strict=True))
+    return (*_once_differentiable(wanted), None, None, None)
+
+
+_register_autograd("pooled_linear_cross_entropy", _setup_head, _backward_head)

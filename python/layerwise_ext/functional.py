@@ -217,6 +217,40 @@ def conv_bn_act(
     ).y  # fmt: skip
 
 
+def pooled_linear_cross_entropy(
+    m1: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    *,
+    size: Sequence[int],
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Average pooling, a linear classifier and cross-entropy of it, from the first moments, as one autograd node.
+
+    ``linear(flatten(adaptive_avg_pool2d(y, bins)), weight, bias)`` and ``cross_entropy`` of that, for the ``m1`` of
+    ``y``: the local loss 'pred' of Nokland & Eidnes 2019, arXiv 1901.06656. On CUDA it takes three launches, backward
+    included, made for few classes (up to about 64).
+
+    Args:
+        m1: sums of the map over its cells ``[N, C, bins_h, bins_w]``, float32 or float64.
+        weight: ``[num_classes, C * bins_h * bins_w]``, features in (c, bin_h, bin_w) order, in the dtype of ``m1``.
+        bias: ``[num_classes]`` or None.
+        target: ``[N]``, int64 in ``[0, num_classes)``, or -100 for a sample that the loss leaves out.
+        size: ``(H, W)`` of the map.
+        label_smoothing: as in :func:`torch.nn.functional.cross_entropy`.
+
+    Returns:
+        ``(loss, logits)``: the mean loss, a scalar, and ``[N, num_classes]``; both differentiable, once.
+
+    Raises:
+        RuntimeError: wrong shape, dtype, device, size or label_smoothing, a target out of range (on CUDA a device-side
+            assertion).
+    """
+    loss, logits, _ = _lib.pooled_linear_cross_entropy(m1, weight, bias, target, list(size), label_smoothing)
+    return loss, logits
+
+
 def _conv_bn_act_moments(
     input: Tensor,
     conv_weight: Tensor,

@@ -55,6 +55,29 @@ def batch_statistics(z: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (z - mean[:, None, None]).square().mean((0, 2, 3))
 
 
+def pooled_linear_cross_entropy(
+    m1: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    *,
+    size: Sequence[int],
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`layerwise_ext.functional.pooled_linear_cross_entropy`."""
+    rows, columns = (
+        m1.new_tensor([end - begin for begin, end in cell_bounds(extent, count)])
+        for extent, count in zip(size, m1.shape[2:], strict=True)
+    )
+    logits = F.linear((m1 / (rows[:, None] * columns)).flatten(1), weight, bias)
+    log_p = logits.log_softmax(1)
+    wanted = torch.full_like(log_p, label_smoothing / logits.shape[1])
+    counted = target != -100
+    wanted.scatter_add_(1, target.clamp(min=0)[:, None], torch.full_like(log_p[:, :1], 1 - label_smoothing))
+    losses = -(wanted * log_p).sum(1)
+    return torch.where(counted, losses, 0).sum() / counted.sum(), logits
+
+
 def slope(u: Tensor, activation: str, negative_slope: float) -> Tensor:
     """``s`` with ``y = s * u``."""
     below = {"relu": 0.0, "leaky_relu": negative_slope, "identity": 1.0}[activation]

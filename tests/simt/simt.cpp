@@ -151,6 +151,13 @@ class Block {
     return t.bits;
   }
 
+  // From inside a thread: it is never resumed.
+  void fail(const std::string& what, int line) {
+    error_ = what + " (line " + std::to_string(line) + ", block " + std::to_string(index_) + ", thread " +
+             std::to_string(current_) + ")";
+    wait(State::kCollective, line);
+  }
+
   void* shared(size_t bytes, int line) {
     Shared& array = shared_[line];
     if (array.memory.empty()) {
@@ -202,13 +209,6 @@ class Block {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack_, &scheduler_stack_size_);
 #endif
-  }
-
-  // From inside a thread: it is never resumed.
-  void fail(const std::string& what, int line) {
-    error_ = what + " (line " + std::to_string(line) + ", block " + std::to_string(index_) + ", thread " +
-             std::to_string(current_) + ")";
-    wait(State::kCollective, line);
   }
 
   bool finish_collectives() {
@@ -304,6 +304,7 @@ void barrier(int line) { Block::current()->wait(State::kBarrier, line); }
 uint64_t exchange(unsigned mask, uint64_t bits, int offset, int line) {
   return Block::current()->exchange(mask, bits, offset, line);
 }
+void fail(const char* what, int line) { Block::current()->fail(what, line); }
 void* shared(size_t bytes, int line) { return Block::current()->shared(bytes, line); }
 
 void run(int64_t blocks, int threads, const std::function<void()>& body) {

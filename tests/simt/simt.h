@@ -29,6 +29,8 @@ void run(int64_t blocks, int threads, const std::function<void()>& body);
 void barrier(int line);
 // The 64 bits that the lane `lane ^ offset` of the same warp brings.
 uint64_t exchange(unsigned mask, uint64_t bits, int offset, int line);
+// Ends the launch with an error.
+void fail(const char* what, int line);
 // The shared array that stands at `line` of the kernel.
 void* shared(size_t bytes, int line);
 
@@ -60,6 +62,8 @@ inline uint16_t to_bfloat16(float v) {  // to nearest even; NaN stays NaN
 #define blockIdx (::simt::block_index())
 #define __syncthreads() (::simt::barrier(__LINE__))
 #define __shfl_xor_sync(mask, value, offset) (::simt::shuffle_xor(mask, value, offset, __LINE__))
+#define LAYERWISE_REQUIRE(condition, what) \
+  if (!(condition)) ::simt::fail(what, __LINE__)
 #define LAYERWISE_SHARED(type, name, count) \
   type* const name = static_cast<type*>(::simt::shared(sizeof(type) * (count), __LINE__))
 

@@ -8,7 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerwise_ext import functional
 from layerwise_ext.nn.moments import PooledMoments
+
+# The fused CUDA kernel is made for few classes; with more of them a library multiplies the matrices.
+_FUSED_CLASSES = 64
 
 
 class HeadOutput(NamedTuple):
@@ -99,22 +103,18 @@ class PooledLinearHead(LocalHead):
                 f"the head was built for pooled features {[self.in_channels, *self.bins]} (channels, cells) but the "
                 f"stage gives {list(features)}"
             )
-        weight = self.linear.weight
-        if torch.is_autocast_enabled(weight.device.type):
-            with torch.autocast(weight.device.type, enabled=False):
-                return self._classify(moments, target)
-        return self._classify(moments, target)
-
-    def _classify(self, moments: PooledMoments, target: Tensor | None) -> HeadOutput:
-        logits = moments.mean_linear(self.linear.weight, self.linear.bias)
-        if target is None:
-            return HeadOutput(logits, None)
-        _check_target(target, logits.shape[0])
-        try:
-            loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
-        except IndexError as error:  # the CPU's own range check, so that none has to be made here
-            raise ValueError(f"target is out of range: {error}; allowed: 0 to {self.num_classes - 1}") from error
-        return HeadOutput(logits, loss)
+        weight, bias = self.linear.weight, self.linear.bias
+        sums, size = moments.sums()
+        if target is not None:
+            _check_target(target, sums)
+            if sums.dtype == weight.dtype and (self.num_classes <= _FUSED_CLASSES or not weight.is_cuda):
+                loss, logits = _fused(sums, weight, bias, target, size, self.label_smoothing)
+                return HeadOutput(logits, loss)
+        with torch.autocast(weight.device.type, enabled=False):
+            logits = moments.mean_linear(weight, bias)
+            if target is None:
+                return HeadOutput(logits, None)
+            return HeadOutput(logits, _cross_entropy(logits, target, self.label_smoothing))
 
     def to_modules(self) -> nn.Sequential:
         """The same classifier for a plain network: adaptive average pooling, flatten, this head's own ``linear``."""
@@ -125,8 +125,29 @@ class PooledLinearHead(LocalHead):
         return f"{self.in_channels}, {self.num_classes}, bins={self.bins}{smoothing}"
 
 
-def _check_target(target: Tensor, batch: int) -> None:
+def _check_target(target: Tensor, sums: Tensor) -> None:
     if target.dtype != torch.int64:
         raise TypeError(f"target has dtype {target.dtype}; class indices must be torch.int64")
-    if target.shape != (batch,):
-        raise ValueError(f"target has shape {tuple(target.shape)}; allowed: ({batch},), one class index per sample")
+    if target.shape != sums.shape[:1]:
+        raise ValueError(
+            f"target has shape {tuple(target.shape)}; allowed: ({sums.shape[0]},), one class index per sample"
+        )
+
+
+# The CPU's own range checks, turned into the error of a wrong argument, so that none has to be made here.
+
+
+def _fused(sums: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, size: Any, smoothing: float) -> Any:
+    try:
+        return functional.pooled_linear_cross_entropy(sums, weight, bias, target, size=size, label_smoothing=smoothing)
+    except RuntimeError as error:
+        if "target is out of range" in str(error):
+            raise ValueError(str(error).splitlines()[0]) from error
+        raise
+
+
+def _cross_entropy(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
+    try:
+        return F.cross_entropy(logits, target, label_smoothing=smoothing)
+    except IndexError as error:
+        raise ValueError(f"target is out of range: {error}; allowed: 0 to {logits.shape[1] - 1}") from error

@@ -87,6 +87,10 @@ class PooledMoments:
         positive = variance > 0
         return torch.where(positive, variance, 1).sqrt() * positive
 
+    def sums(self) -> tuple[Tensor, tuple[int, int]]:
+        """Sums over cells, and the ``(H, W)`` of a map that has them: their mean over its cells is ``mean``."""
+        return self._m1, self.size
+
     def mean_linear(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``F.linear(mean.flatten(1), weight, bias)``, ``[N, out_features]``, in the dtype of ``weight``.
 
@@ -144,6 +148,9 @@ class _DenseMoments(PooledMoments):
     @property
     def mean(self) -> Tensor:
         return self._mean
+
+    def sums(self) -> tuple[Tensor, tuple[int, int]]:
+        return self._mean, self._bins  # one element per cell
 
     def mean_linear(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(self._mean.flatten(1).to(weight.dtype), weight, bias)
