@@ -126,6 +126,9 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no such folder" in refused(capsys, *TINY, *run, "--data", "mnist", "--data-dir", str(tmp_path / "none"))
     assert "there is no run" in refused(capsys, *TINY, *run, "--resume")
     assert "unrecognized arguments: --banana" in refused(capsys, *TINY, *run, "--banana")
+    assert "--device is 'banana'" in refused(capsys, *TINY, *run, "--device", "banana")
+    assert "--device is 'cuda:99'; allowed here: cpu" in refused(capsys, *TINY, *run, "--device", "cuda:99")
+    assert "on a CUDA device; they are on cpu" in refused(capsys, *TINY, *run, "--device", "cpu", "--cuda-graph")
     assert not (tmp_path / "run").exists()
 
 

@@ -15,6 +15,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # torch takes seconds to import; --help should not
+    import torch
+
     from layerwise_ext.models import StagedModel
     from layerwise_ext.train import Trainer
 
@@ -66,6 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--lr", type=_positive(float), default=5e-4)
     train.add_argument("--optimizer", choices=("adam", "sgd"), default="adam")
     train.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast")
+    train.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
+    train.add_argument("--cuda-graph", action="store_true", help="run each step as a CUDA graph (see Trainer)")
     train.add_argument("--threads", type=_positive(int), help="default: all cores")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--limit-train", type=_positive(int), metavar="N", help="use the first N training images")
@@ -202,12 +206,30 @@ def _trainer(arguments: argparse.Namespace, model: StagedModel) -> Trainer:
         "sgd": lambda parameters: torch.optim.SGD(parameters, lr=arguments.lr, momentum=0.9),
     }
     kinds = {"joint": train.JointTrainer, "local": train.LocalTrainer, "greedy": train.GreedyTrainer}
-    return kinds[arguments.mode](
-        model,
-        optimizers[arguments.optimizer],
-        autocast_dtype=torch.bfloat16 if arguments.dtype == "bfloat16" else None,
-        seed=arguments.seed,
-    )
+    try:
+        return kinds[arguments.mode](
+            model,
+            optimizers[arguments.optimizer],
+            device=_device(arguments.device),
+            autocast_dtype=torch.bfloat16 if arguments.dtype == "bfloat16" else None,
+            seed=arguments.seed,
+            cuda_graph=arguments.cuda_graph,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    available = torch.cuda.device_count()
+    try:
+        device = torch.device(name or ("cuda" if available else "cpu"))
+    except RuntimeError as error:
+        raise UsageError(f"--device is {name!r}; allowed: cpu, cuda, cuda:N") from error
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= available):
+        raise UsageError(f"--device is {name!r}; allowed here: cpu, and cuda:N for N below {available}")
+    return device
 
 
 def _fit(

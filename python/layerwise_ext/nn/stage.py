@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from layerwise_ext import _graphs
 from layerwise_ext.nn.conv import ConvBNReLU2d
 from layerwise_ext.nn.heads import LocalHead
 from layerwise_ext.nn.moments import PooledMoments
@@ -35,23 +38,36 @@ class LocalStage(nn.Module):
         head: a :class:`LocalHead`.
         detach: cut the graph at the stage's input and at ``features``, so that no gradient crosses stages. With
             ``detach=False`` gradients flow to the input and back from later uses of ``features`` (deep supervision).
+        cuda_graph: on a CUDA device, run training steps as a CUDA graph, for maps so small that launching kernels is
+            what takes the time. Forward and backward pass are captured together at the fourth call in a row with inputs
+            of one shape; other inputs (a last smaller batch) and evaluation run as usual. ``features`` is then memory
+            of the graph, overwritten by the next call, and ``loss.backward()`` must come before that call.
 
     Raises:
         TypeError: ``head`` is not a LocalHead.
-        ValueError: (when run) the head was built for another shape, or pools to more cells than the map has.
+        ValueError: ``cuda_graph`` without ``detach`` or with a batch norm of ``momentum=None``; (when run) the head was
+            built for another shape, or pools to more cells than the map has.
+        RuntimeError: (when run, with ``cuda_graph``) something in the stage waits for the device.
     """
 
-    def __init__(self, body: nn.Module, head: LocalHead, detach: bool = True) -> None:
+    def __init__(self, body: nn.Module, head: LocalHead, detach: bool = True, *, cuda_graph: bool = False) -> None:
         super().__init__()
         if not isinstance(head, LocalHead):
             raise TypeError(f"head is {type(head).__name__}; a LocalHead is needed")
+        if cuda_graph and not detach:
+            raise ValueError("cuda_graph=True needs detach=True: the graph holds the whole backward pass of the stage")
         self.body = body
         self.head = head
         self.detach = detach
+        self.cuda_graph = cuda_graph
+        self._captured: _graphs.CapturedFunction | None = None
+        self._used: list[nn.Parameter] = []  # those that have a gradient in the captured step
 
     def forward(self, x: Tensor, target: Tensor | None = None) -> StageOutput:
         if self.detach and x.requires_grad:
             x = x.detach()
+        if self.cuda_graph and target is not None and self.training and _can_replay(x):
+            return self._replay(x, target)
         features, moments = self.moments(x)
         logits, loss = self.head(moments, target)
         return StageOutput(features.detach() if self.detach else features, loss, logits)
@@ -65,8 +81,62 @@ class LocalStage(nn.Module):
         """The features, with their graph, and their moments over ``head.bins``."""
         return _body_moments(self.body, x, self.head)
 
+    def _replay(self, x: Tensor, target: Tensor) -> StageOutput:
+        if self._captured is None:
+            _graphs.check_capturable([self])
+            self._captured = _graphs.CapturedFunction(self._step, self._settings)
+        features, loss, logits, *gradients = self._captured(x, target)
+        loss = _Captured.apply(loss, self._captured, gradients, *self._used)
+        return StageOutput(features, loss, logits.clone())
+
+    def _step(self, x: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        """The whole step: features, loss, logits and the gradients of the parameters that the loss depends on."""
+        with _graphs.without_cast_cache(x.device):
+            features, moments = self.moments(x)
+            logits, loss = self.head(moments, target)
+        loss = cast(Tensor, loss)
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(loss, trainable, allow_unused=True)
+        self._used = [p for p, gradient in zip(trainable, gradients, strict=True) if gradient is not None]
+        return features.detach(), loss.detach(), logits.detach(), *(g for g in gradients if g is not None)
+
+    def _settings(self) -> Any:
+        device = next(self.parameters()).device.type
+        return _graphs.settings_of([self]), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_captured": None, "_used": []}  # a copy captures its own
+
     def extra_repr(self) -> str:
-        return f"detach={self.detach}"
+        return f"detach={self.detach}" + (", cuda_graph=True" if self.cuda_graph else "")
+
+
+def _can_replay(x: Tensor) -> bool:
+    return bool(
+        x.is_cuda
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.cuda.is_current_stream_capturing()  # a trainer captures the whole step
+    )
+
+
+class _Captured(torch.autograd.Function):
+    """The loss of a captured step, whose gradients are there already."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, captured: Any, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.gradients, ctx.captured, ctx.replays = gradients, captured, captured.replays
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> Any:
+        if ctx.captured.replays != ctx.replays:
+            raise RuntimeError(
+                "a LocalStage with cuda_graph=True ran again before loss.backward(): the gradients of the first run "
+                "are overwritten. Call backward after each run"
+            )
+        return None, None, None, *torch._foreach_mul(ctx.gradients, grad_loss)
 
 
 def _body_moments(body: nn.Module, x: Tensor, head: LocalHead) -> tuple[Tensor, PooledMoments]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
+from layerwise_ext import _graphs
 from layerwise_ext.nn import LocalStage
 from layerwise_ext.train import random_state
 
@@ -81,6 +82,13 @@ class Trainer(ABC):
             and the global generator are left as they are.
         progress: show a progress bar.
         channels_last: keep parameters and batches in torch.channels_last.
+        cuda_graph: run steps as a CUDA graph, for networks so small that launching kernels is what takes the time. The
+            whole step, optimisers included (they are made ``capturable``), is captured at the fourth batch of one shape
+            in a row, and again when a hyperparameter has changed; other batches, such as a last smaller one, run kernel
+            by kernel. The stages must not wait for the device.
+
+    Raises:
+        ValueError: (``cuda_graph``) stages that are not on a CUDA device, or a batch norm with ``momentum=None``.
 
     Attributes:
         epoch: number of finished epochs, over all stages.
@@ -98,6 +106,7 @@ class Trainer(ABC):
         seed: int | None = None,
         progress: bool = True,
         channels_last: bool = True,
+        cuda_graph: bool = False,
     ) -> None:
         self.stages = list(stages)
         self._check_stages()
@@ -106,6 +115,9 @@ class Trainer(ABC):
         if device is None:
             device = next(p.device for stage in self.stages for p in stage.parameters())
         self.device = torch.device(device)
+        if cuda_graph:
+            _graphs.check_device(self.device)
+            _graphs.check_capturable(self.stages)
         self.autocast_dtype = autocast_dtype
         self.progress = progress
         self.channels_last = channels_last
@@ -116,6 +128,8 @@ class Trainer(ABC):
         self.generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
         groups = [[p for p in group if p.requires_grad] for group in self._parameter_groups()]
         self.optimizers = [optimizer(group) for group in groups]
+        self._captured = _graphs.CapturedFunction(self._step, self._settings) if cuda_graph else None
+        self._reset_capture()
         self.schedulers = [scheduler(o) for o in self.optimizers] if scheduler is not None else []
         if any(isinstance(s, ReduceLROnPlateau) for s in self.schedulers):
             raise ValueError("scheduler is ReduceLROnPlateau, which needs a metric; use one that is stepped per epoch")
@@ -124,13 +138,30 @@ class Trainer(ABC):
         self._saved_random_state: dict[str, Any] | None = None
         self._loader: Any = None
 
-    @abstractmethod
     def step(self, x: Tensor, target: Tensor) -> StepResult:
         """One training step on a batch that is already on the device; does not wait for the device.
 
         ``x`` is a batch of images ``[N, C, H, W]`` (for :class:`GreedyTrainer`, of the current stage's inputs),
         ``target`` ``[N]`` int64.
         """
+        if self._captured is None:
+            return self._step(x, target)
+        return StepResult(*(t.clone() for t in self._captured(x, target)))  # the graph overwrites its own
+
+    @abstractmethod
+    def _step(self, x: Tensor, target: Tensor) -> StepResult:
+        """What :meth:`step` does, kernel by kernel."""
+
+    def _settings(self) -> Any:
+        """What is fixed in a captured step."""
+        return _graphs.settings_of(self.stages), tuple(map(_graphs.settings_of_optimizer, self.optimizers))
+
+    def _reset_capture(self) -> None:
+        """To be called when the step is another one, or works on other memory, than before."""
+        if self._captured is not None:
+            self._captured.reset()
+            for optimizer in self.optimizers:
+                _graphs.make_capturable(optimizer)
 
     @abstractmethod
     def _parameter_groups(self) -> list[list[nn.Parameter]]:
@@ -350,6 +381,7 @@ class Trainer(ABC):
         # Optimisers keep the tensors they are given: without the copy, two trainers would share their moments.
         for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(copy.deepcopy(optimizer_state))
+        self._reset_capture()
         for scheduler, scheduler_state in zip(self.schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(scheduler_state)
         self.generator.set_state(state["generator"])

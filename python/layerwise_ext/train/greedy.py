@@ -43,7 +43,7 @@ class GreedyTrainer(Trainer):
         # Generators as they were when the current stage's inputs were computed: a resumed run computes them again.
         self._cache_random_state: dict[str, Any] | None = None
 
-    def step(self, x: Tensor, target: Tensor) -> StepResult:
+    def _step(self, x: Tensor, target: Tensor) -> StepResult:
         """One step of the current stage on its inputs ``x``."""
         optimizer = self.optimizers[self.stage]
         stage = self.stages[self.stage]
@@ -87,6 +87,7 @@ class GreedyTrainer(Trainer):
         self._features = None
         self._fits = True
         self._cache_random_state = None
+        self._reset_capture()
 
     def _epoch_batches(self, loader: Batches) -> tuple[Batches, int | None]:
         if self.stage == 0:

@@ -14,7 +14,7 @@ class JointTrainer(Trainer):
     arguments.
     """
 
-    def step(self, x: Tensor, target: Tensor) -> StepResult:
+    def _step(self, x: Tensor, target: Tensor) -> StepResult:
         (optimizer,) = self.optimizers
         *hidden, last = self.stages
         with self._autocast():

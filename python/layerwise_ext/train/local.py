@@ -24,7 +24,7 @@ class LocalTrainer(Trainer):
             if not stage.detach:
                 raise ValueError(f"stages[{index}] has detach=False; local training needs detach=True")
 
-    def step(self, x: Tensor, target: Tensor) -> StepResult:
+    def _step(self, x: Tensor, target: Tensor) -> StepResult:
         losses, logits = [], []
         for stage, optimizer in zip(self.stages, self.optimizers, strict=True):
             with self._autocast():
