@@ -18,15 +18,25 @@ Layout layout_of(const Tensor& z) {
   return z.size(1) > 1 && z.stride(1) == 1 ? Layout::kChannelsLast : Layout::kContiguous;
 }
 
-// [C] in the type of the statistics, one value next to the other.
+// Whether kernels may read it by 16 bytes.
+bool is_aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
+
+// [C] in the type of the statistics, one value next to the other, aligned.
 Tensor channel_values(const Tensor& t, const Tensor& map) {
   const ScalarType dtype = accumulation_type(map.scalar_type());
-  const Tensor values = t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
-  return values.numel() == 1 || values.stride(0) == 1 ? values : torch::stable::contiguous(values);
+  const Tensor typed = t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+  const Tensor values = typed.numel() == 1 || typed.stride(0) == 1 ? typed : torch::stable::contiguous(typed);
+  return is_aligned(values) ? values : torch::stable::clone(values);
 }
 OptionalTensor channel_values(const OptionalTensor& t, const Tensor& map) {
   if (!t.has_value()) return {};
   return channel_values(*t, map);
+}
+
+// Laid out as m1, aligned.
+OptionalTensor moment_gradient(const OptionalTensor& gradient, Layout layout) {
+  const OptionalTensor dense = dense_gradient(gradient, layout);
+  return !dense.has_value() || is_aligned(*dense) ? dense : dense_copy(*dense, layout);
 }
 
 Tensor empty_channels(const Tensor& map) {
@@ -165,7 +175,7 @@ std::tuple<Tensor, Tensor> bn_act_moments_backward_sums(Tensor z, OptionalTensor
   const Device device(z);
   const Layout layout = layout_of(z);
   const Normalization normalization(z, mean, var, weight, bias, eps, check_activation(activation, negative_slope));
-  const OptionalTensor p1 = dense_gradient(grad_m1, layout), p2 = dense_gradient(grad_m2, layout);
+  const OptionalTensor p1 = moment_gradient(grad_m1, layout), p2 = moment_gradient(grad_m2, layout);
   const Ints cells = cells_or_rows(bins, shape_of(z));
   Tensor dgamma = empty_channels(z), dbeta = empty_channels(z);
   cuda::BackwardSums p{};
@@ -193,7 +203,7 @@ void write_input_gradient(const Tensor& z, Tensor& dz, const OptionalTensor& gra
                           const OptionalTensor& grad_m2, const Tensor& dgamma, const Tensor& dbeta,
                           const Normalization& normalization, const Ints& bins, double count, const Device& device) {
   const Layout layout = layout_of(z);
-  const OptionalTensor p1 = dense_gradient(grad_m1, layout), p2 = dense_gradient(grad_m2, layout);
+  const OptionalTensor p1 = moment_gradient(grad_m1, layout), p2 = moment_gradient(grad_m2, layout);
   const Tensor total_dgamma = channel_values(dgamma, z), total_dbeta = channel_values(dbeta, z);
   const Ints cells = cells_or_rows(bins, shape_of(z));
   cuda::InputGradient p{};

@@ -66,6 +66,21 @@ def test_pointers_that_are_not_aligned() -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_values_per_channel_that_are_not_aligned() -> None:
+    """Parameters that are views into a buffer (flattened ones, say), and a gradient of the moments that is one."""
+    torch.manual_seed(0)
+    z = torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
+    values = [torch.rand(8) + 0.5 for _ in range(4)]
+    shifted = [torch.empty(9)[1:].copy_(t) for t in values]
+    gradient = torch.randn(2, 8, 2, 2).contiguous(memory_format=torch.channels_last)
+    moved = torch.empty(gradient.numel() + 1)[1:].as_strided(gradient.shape, gradient.stride()).copy_(gradient)
+    results = []
+    for per_channel, g in ((values, gradient), (shifted, moved)):
+        m = functional.bn_act_moments(z, *per_channel, bins=2)
+        results.append((m.y, m.m1, *torch.autograd.grad(m.m1, z, g)))
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_offsets_beyond_31_bits(layout: str) -> None:
     """Samples lie 2**31 elements apart; only the pages that are used take memory."""

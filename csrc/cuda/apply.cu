@@ -28,48 +28,50 @@ struct CellSums {
 
 // A task is one piece of channels of one cell of one sample, for task_warps warps.
 template <class T, class I, int V, bool kMoments, bool kSecond>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, sizeof(I) == 4 ? 2 : 1)
     apply_cells(Apply p, int task_warps, int lanes, int64_t chunks, int64_t tasks) {
   using A = Compute<T>;
   LAYERWISE_SHARED(A, shared, kWarps * kWarp * V);
-  const Shape& shape = p.map.shape;
+  const I channels = p.map.shape.c, height = p.map.shape.h, width = p.map.shape.w;
+  const I bins_h = p.bins_h, bins_w = p.bins_w, pieces = chunks;
   const int warp = threadIdx.x / kWarp, part = warp % task_warps;
-  const int64_t task = static_cast<int64_t>(blockIdx.x) * (kWarps / task_warps) + warp / task_warps;
+  const I task = static_cast<I>(blockIdx.x) * (kWarps / task_warps) + warp / task_warps;
   if (task >= tasks) return;  // by whole warps, and by none where a block shares a task
   const Lane lane = lane_of(threadIdx.x, lanes);
-  const int64_t c = (task % chunks * lanes + lane.x) * V, cell = task / chunks;
-  const int64_t j = cell % p.bins_w, i = cell / p.bins_w % p.bins_h, n = cell / p.bins_w / p.bins_h;
-  const int64_t h_end = cell_end(i, shape.h, p.bins_h), w_end = cell_end(j, shape.w, p.bins_w);
+  const I c = (task % pieces * lanes + lane.x) * V, cell = task / pieces;
+  const I j = cell % bins_w, row = cell / bins_w, i = row % bins_h, n = row / bins_h;
+  const I h_end = cell_end(i, height, bins_h), w_end = cell_end(j, width, bins_w);
   // Rows and columns before these belong to an earlier cell, too, which writes them.
-  const int64_t h_own = cell_own_begin(i, shape.h, p.bins_h), w_own = cell_own_begin(j, shape.w, p.bins_w);
-  const int64_t h_begin = kMoments ? cell_begin(i, shape.h, p.bins_h) : h_own;
-  const int64_t w_begin = kMoments ? cell_begin(j, shape.w, p.bins_w) : w_own;
+  const I h_own = cell_own_begin(i, height, bins_h), w_own = cell_own_begin(j, width, bins_w);
+  const I h_begin = kMoments ? cell_begin(i, height, bins_h) : h_own;
+  const I w_begin = kMoments ? cell_begin(j, width, bins_w) : w_own;
 
   CellSums<A, kSecond, V> sums;
-  A rstd[V] = {};
-  if (c < shape.c && h_begin < h_end && w_begin < w_end) {
+  if (c < channels && h_begin < h_end && w_begin < w_end) {
     const Coefficients<A, V> k(p.norm, c);
+    const I first = part * lane.rows + lane.row, step = task_warps * lane.rows;
+    const I count = share_of<I>(first, step, (h_end - h_begin) * (w_end - w_begin));
+    T* const y = static_cast<T*>(p.y) + offset_of<I>(p.y_strides, n, c, 0, 0);
+    const T* const z = static_cast<const T*>(p.z) + offset_of<I>(p.z_strides, n, c, 0, 0);
+    for_each_pixel<V>(
+        z, PixelWalk<I>(first, step, h_begin, w_begin, w_end), count,
+        [&](const PixelWalk<I>& at) { return offset_of<I>(p.z_strides, 0, 0, at.h, at.w); },
+        [&](A(&value)[V], const PixelWalk<I>& at) {
 #pragma unroll
-    for (int v = 0; v < V; ++v) rstd[v] = k.rstd[v];
-    const T* z = static_cast<const T*>(p.z);
-    T* y = static_cast<T*>(p.y);
-    for (PixelWalk walk(part * lane.rows + lane.row, task_warps * lane.rows, h_begin, w_begin, w_end); walk.h < h_end;
-         walk.next()) {
-      A value[V];
-      load<V>(z + offset_of<I>(p.z_strides, n, c, walk.h, walk.w), value);
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        const A t = value[v] - k.mean[v];
-        const Activated<A> a = activated(p.norm.activation, k.u(v, t));
-        value[v] = a.y;
-        if constexpr (kMoments) sums.add(v, a, t);
-      }
-      if (walk.h >= h_own && walk.w >= w_own) store<V>(y + offset_of<I>(p.y_strides, n, c, walk.h, walk.w), value);
-    }
+          for (int v = 0; v < V; ++v) {
+            const A t = value[v] - k.mean[v];
+            const Activated<A> a = activated(p.norm.activation, k.u(v, t));
+            value[v] = a.y;
+            if constexpr (kMoments) sums.add(v, a, t);
+          }
+          if (at.h >= h_own && at.w >= w_own) store<V>(y + offset_of<I>(p.y_strides, 0, 0, at.h, at.w), value);
+        });
   }
   if constexpr (kMoments) {
-    const int64_t plane = shape.n * shape.c * p.bins_h * p.bins_w;
+    const int64_t plane = p.map.shape.n * channels * p.bins_h * p.bins_w;
     const int64_t place = offset_of<int64_t>(moment_strides(p.map, p.bins_h, p.bins_w), n, c, i, j);
+    A rstd[V] = {};
+    if (c < channels) load_rstd(p.norm, c, rstd);
     A* const targets[] = {static_cast<A*>(p.m1),
                           static_cast<A*>(p.sums),
                           static_cast<A*>(p.sums) + plane,
@@ -95,10 +97,12 @@ __global__ void __launch_bounds__(kThreads)
         }
         __syncthreads();
       }
-      if (part != 0 || lane.row != 0 || c >= shape.c) continue;
+      if (part != 0 || lane.row != 0 || c >= channels) continue;
+      if (s == 2 || s == 5) {
 #pragma unroll
-      for (int v = 0; v < V; ++v)
-        targets[s][place + v] = s == 2 || s == 5 ? total[v] * rstd[v] : total[v];  // t * rstd = xhat
+        for (int v = 0; v < V; ++v) total[v] *= rstd[v];  // t * rstd = xhat
+      }
+      store_values(targets[s] + place, total);
     }
   }
 }
@@ -108,7 +112,7 @@ __global__ void __launch_bounds__(kThreads)
 void apply(const Apply& p, Stream stream) {
   const Shape& s = p.map.shape;
   with_instance(
-      p.map,
+      p.map, cells_need_64_bits(p.map),
       [&]<class T, class I, int V>() {
         const ChannelSplit split = split_channels(s.c, V, p.map.layout);
         const int64_t tasks = s.n * p.bins_h * p.bins_w * split.chunks;

@@ -4,21 +4,26 @@
 namespace layerwise::cuda {
 namespace {
 
-constexpr int64_t kRowsOfBlock = 512;  // cells or pixels per channel that a block sums
-constexpr int64_t kMostBlocks = 512;
+constexpr int64_t kCellsOfBlock = 64, kPixelsOfBlock = 512;
+constexpr int kResident = 2;   // blocks that a multiprocessor holds at once
+constexpr int64_t kWaves = 2;  // of those, per piece of channels, where there is enough to do
 
-int64_t blocks_for(int64_t rows) {
-  const int64_t wanted = (rows + kRowsOfBlock - 1) / kRowsOfBlock;
-  return wanted < kMostBlocks ? wanted : kMostBlocks;
+Cut cut(int64_t rows, int64_t wanted) { return cut_rows(rows, wanted, kWaves * kResident * multiprocessors()); }
+Cut cut_pixels(const Map& map) { return cut(map.shape.n * map.shape.h * map.shape.w, kPixelsOfBlock); }
+Cut cut_cells(const Map& map, int64_t bins_h, int64_t bins_w) {
+  return cut(map.shape.n * bins_h * bins_w, kCellsOfBlock);
 }
 
-int64_t pixels_of(const Map& map) { return map.shape.n * map.shape.h * map.shape.w; }
-int64_t cells_of(const Map& map, int64_t bins_h, int64_t bins_w) { return map.shape.n * bins_h * bins_w; }
+// Where blocks leave their sums: [C, blocks, (dgamma, dbeta)], the blocks of cells before those of pixels.
+struct Partial {
+  void* data;
+  int64_t first, blocks;  // of the kernel's own, and all
+};
 
-// Adds up the pairs of a block's threads and writes them to partial[block, C, (dgamma, dbeta)].
+// Adds up the pairs of a block's threads.
 template <class A, int V>
-LAYERWISE_DEVICE void write_block(A (&dgamma)[V], A (&dbeta)[V], A* shared, A* partial, int64_t channels, int64_t chunk,
-                                  int lanes, const Lane& lane) {
+LAYERWISE_DEVICE void write_block(A (&dgamma)[V], A (&dbeta)[V], A* shared, const Partial& partial, int64_t block,
+                                  int64_t channels, int64_t chunk, int lanes, const Lane& lane) {
   const int warp = threadIdx.x / kWarp;
 #pragma unroll
   for (int v = 0; v < V; ++v) {
@@ -33,28 +38,27 @@ LAYERWISE_DEVICE void write_block(A (&dgamma)[V], A (&dbeta)[V], A* shared, A* p
     if (channel >= channels) continue;
     A total = A(0);
     for (int w = 0; w < kWarps; ++w) total += shared[2 * w * lanes * V + i];
-    partial[2 * channel + i % 2] = total;
+    static_cast<A*>(partial.data)[2 * (channel * partial.blocks + partial.first + block) + i % 2] = total;
   }
 }
 
 // dbeta = sum p*A0 + 2*q*B0, dgamma = sum p*A1 + 2*q*B1 over some of the cells.  The sums lie as m1 does.
 template <class A>
-__global__ void __launch_bounds__(kThreads) cell_sums(BackwardSums p, int lanes, int64_t chunks, int64_t blocks) {
+__global__ void __launch_bounds__(kThreads)
+    cell_sums(BackwardSums p, Partial partial, Cut cut, int lanes, int64_t chunks) {
   LAYERWISE_SHARED(A, shared, 2 * kWarps * kWarp);
   const Shape& shape = p.map.shape;
   const int64_t chunk = blockIdx.x % chunks, block = blockIdx.x / chunks;
   const Lane lane = lane_of(threadIdx.x, lanes);
-  const int64_t c = chunk * lanes + lane.x, cells = p.bins_h * p.bins_w, rows = shape.n * cells;
-  const int64_t begin = block * rows / blocks, end = (block + 1) * rows / blocks;
-  const Strides strides = moment_strides(p.map, p.bins_h, p.bins_w);
-  const int64_t plane = rows * shape.c;
+  const int64_t c = chunk * lanes + lane.x, cells = p.bins_h * p.bins_w;
+  const int64_t begin = cut.begin(block), end = cut.end(block);
+  const int64_t plane = shape.n * cells * shape.c;
   const A* sums = static_cast<const A*>(p.sums);
   A dgamma[1] = {}, dbeta[1] = {};
   for (int64_t row = begin + threadIdx.x / kWarp * lane.rows + lane.row; row < end && c < shape.c;
        row += lane.rows * kWarps) {
-    const int64_t n = row / cells, cell = row - n * cells;
-    // Both layouts have their cells at equal distances.
-    const int64_t at = n * strides.n + c * strides.c + cell * strides.w;
+    int64_t at = row * shape.c + c;  // in channels_last
+    if (p.map.layout == Layout::kContiguous) at = row / cells * cells * shape.c + c * cells + row % cells;
     const A value = p.p == nullptr ? A(0) : static_cast<const A*>(p.p)[at];
     dbeta[0] += value * sums[at];
     dgamma[0] += value * sums[plane + at];
@@ -64,58 +68,64 @@ __global__ void __launch_bounds__(kThreads) cell_sums(BackwardSums p, int lanes,
       dgamma[0] += two_q * sums[3 * plane + at];
     }
   }
-  write_block<A, 1>(dgamma, dbeta, shared, static_cast<A*>(p.partial) + 2 * block * shape.c, shape.c, chunk, lanes,
-                    lane);
+  write_block<A, 1>(dgamma, dbeta, shared, partial, block, shape.c, chunk, lanes, lane);
 }
 
 // The dense part: sum of s*g and of s*g*xhat over some of the pixels.
 template <class T, class I, int V>
-__global__ void __launch_bounds__(kThreads)
-    dense_sums(BackwardSums p, int64_t first_block, int lanes, int64_t chunks, int64_t blocks) {
+__global__ void __launch_bounds__(kThreads, sizeof(I) == 4 ? kResident : 1)
+    dense_sums(BackwardSums p, Partial partial, Cut cut, int lanes, int64_t chunks) {
   using A = Compute<T>;
   LAYERWISE_SHARED(A, shared, 2 * kWarps * kWarp * V);
   const Shape& shape = p.map.shape;
-  const int64_t chunk = blockIdx.x % chunks, block = blockIdx.x / chunks;
+  const I channels = shape.c, height = shape.h;
+  const I chunk = blockIdx.x % static_cast<I>(chunks), block = blockIdx.x / static_cast<I>(chunks);
   const Lane lane = lane_of(threadIdx.x, lanes);
-  const int64_t c = (chunk * lanes + lane.x) * V, pixels = shape.n * shape.h * shape.w;
-  const int64_t begin = block * pixels / blocks, end = (block + 1) * pixels / blocks;
-  const int64_t step = lane.rows * kWarps, first = begin + threadIdx.x / kWarp * lane.rows + lane.row;
+  const I c = (chunk * lanes + lane.x) * V;
+  const I begin = cut.begin(block), end = cut.end(block);
+  const I step = lane.rows * kWarps, first = begin + threadIdx.x / kWarp * lane.rows + lane.row;
   A dgamma[V] = {}, dbeta[V] = {};
-  if (c < shape.c && first < end) {
+  const I count = c < channels ? share_of<I>(first, step, end) : I(0);
+  if (count > 0) {
     const Coefficients<A, V> k(p.norm, c);
-    const T *z = static_cast<const T*>(p.z), *grad_y = static_cast<const T*>(p.grad_y);
-    PixelWalk walk(first, step, 0, 0, shape.w);  // rows of all samples, one below the other
-    for (int64_t i = first; i < end; i += step, walk.next()) {
-      const int64_t n = walk.h / shape.h, h = walk.h - n * shape.h;
-      A value[V], gradient[V];
-      load<V>(z + offset_of<I>(p.z_strides, n, c, h, walk.w), value);
-      load<V>(grad_y + offset_of<I>(p.grad_y_strides, n, c, h, walk.w), gradient);
+    const auto offset = [&](const Strides& strides) {
+      return [&strides, c, height](const PixelWalk<I>& at) {
+        const I n = height == 1 ? at.h : at.h / height;
+        return offset_of<I>(strides, n, c, at.h - n * height, at.w);
+      };
+    };
+    for_each_pixel_of_two<V>(
+        static_cast<const T*>(p.z), static_cast<const T*>(p.grad_y),
+        PixelWalk<I>(first, step, I(0), I(0), static_cast<I>(shape.w)),  // rows of all samples, one below the other
+        count, offset(p.z_strides), offset(p.grad_y_strides),
+        [&](const A(&value)[V], const A(&gradient)[V], const PixelWalk<I>&) {
 #pragma unroll
-      for (int v = 0; v < V; ++v) {
-        const A t = value[v] - k.mean[v];
-        const A g = activated(p.norm.activation, k.u(v, t)).slope * gradient[v];
-        dbeta[v] += g;
-        dgamma[v] += g * t;
-      }
-    }
+          for (int v = 0; v < V; ++v) {
+            const A t = value[v] - k.mean[v];
+            const A g = activated(p.norm.activation, k.u(v, t)).slope * gradient[v];
+            dbeta[v] += g;
+            dgamma[v] += g * t;
+          }
+        });
+    A rstd[V];
+    load_rstd(p.norm, c, rstd);
 #pragma unroll
-    for (int v = 0; v < V; ++v) dgamma[v] *= k.rstd[v];
+    for (int v = 0; v < V; ++v) dgamma[v] *= rstd[v];
   }
-  write_block<A, V>(dgamma, dbeta, shared, static_cast<A*>(p.partial) + 2 * (first_block + block) * shape.c, shape.c,
-                    chunk, lanes, lane);
+  write_block<A, V>(dgamma, dbeta, shared, partial, block, shape.c, chunk, lanes, lane);
 }
 
 // A warp per channel, in double and in a fixed order.
 template <class A>
-__global__ void __launch_bounds__(kThreads) combine_sums(BackwardSums p, int64_t blocks) {
+__global__ void __launch_bounds__(kThreads) combine_sums(BackwardSums p, Partial partial) {
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (c >= p.map.shape.c) return;
   const int lane = threadIdx.x % kWarp;
+  const A* sums = static_cast<const A*>(partial.data) + 2 * c * partial.blocks;
   double dgamma = 0, dbeta = 0;
-  for (int64_t b = lane; b < blocks; b += kWarp) {
-    const A* sums = static_cast<const A*>(p.partial) + 2 * (b * p.map.shape.c + c);
-    dgamma += sums[0];
-    dbeta += sums[1];
+  for (int64_t b = lane; b < partial.blocks; b += kWarp) {
+    dgamma += sums[2 * b];
+    dbeta += sums[2 * b + 1];
   }
   dgamma = sum_over_rows(dgamma, 1);
   dbeta = sum_over_rows(dbeta, 1);
@@ -125,15 +135,15 @@ __global__ void __launch_bounds__(kThreads) combine_sums(BackwardSums p, int64_t
 }
 
 // p or q of a segment, times gamma*rstd: the sum over the cells that cover it.
-template <class A, int V>
-LAYERWISE_INLINE void scaled_cells(const void* gradient, const Strides& strides, int64_t n, int64_t c,
-                                   const Segment& rows, const Segment& columns, const A (&scale)[V], A (&sum)[V]) {
+template <class A, int V, class I>
+LAYERWISE_INLINE void scaled_cells(const void* gradient, const Strides& strides, I n, I c, const SegmentOf<I>& rows,
+                                   const SegmentOf<I>& columns, const A (&scale)[V], A (&sum)[V]) {
 #pragma unroll
   for (int v = 0; v < V; ++v) sum[v] = A(0);
-  if (gradient == nullptr) return;
-  for (int64_t i = rows.first_cell; i <= rows.last_cell; ++i) {
-    for (int64_t j = columns.first_cell; j <= columns.last_cell; ++j) {
-      const A* cell = static_cast<const A*>(gradient) + offset_of<int64_t>(strides, n, c, i, j);
+  for (I i = rows.first_cell; i <= rows.last_cell; ++i) {
+    for (I j = columns.first_cell; j <= columns.last_cell; ++j) {
+      A cell[V];
+      load_values(gradient, offset_of<int64_t>(strides, n, c, i, j), cell);
 #pragma unroll
       for (int v = 0; v < V; ++v) sum[v] += cell[v];
     }
@@ -144,94 +154,113 @@ LAYERWISE_INLINE void scaled_cells(const void* gradient, const Strides& strides,
 
 // dz = s * (scale*p + scale*2q * y + scale*grad_y) - (scale*dbeta/M + rstd*scale*dgamma/M * t).  A task is one piece of
 // channels of one segment (cells.h) of one sample; where cells do not overlap only every second segment has elements.
-template <class T, class I, int V>
-__global__ void __launch_bounds__(kThreads) form_gradient(InputGradient p, int task_warps, int stride_h, int stride_w,
-                                                          int lanes, int64_t chunks, int64_t tasks) {
+// The closed form of a loss of m1 alone has neither q (kSecond) nor grad_y (kDense), and registers to spare.
+template <class T, class I, int V, bool kSecond, bool kDense>
+__global__ void __launch_bounds__(kThreads, sizeof(I) == 4 && !(kSecond && kDense) ? 2 : 1)
+    form_gradient(InputGradient p, double inverse, int task_warps, int stride_h, int stride_w, int lanes,
+                  int64_t chunks, int64_t tasks) {
   using A = Compute<T>;
-  const Shape& shape = p.map.shape;
+  const I channels = p.map.shape.c, height = p.map.shape.h, width = p.map.shape.w;
+  const I bins_h = p.bins_h, bins_w = p.bins_w, pieces = chunks;
   const int warp = threadIdx.x / kWarp, part = warp % task_warps;
-  const int64_t task = static_cast<int64_t>(blockIdx.x) * (kWarps / task_warps) + warp / task_warps;
+  const I task = static_cast<I>(blockIdx.x) * (kWarps / task_warps) + warp / task_warps;
   if (task >= tasks) return;
   const Lane lane = lane_of(threadIdx.x, lanes);
-  const int64_t c = (task % chunks * lanes + lane.x) * V, place = task / chunks;
-  const int64_t rows_h = (segment_count(p.bins_h) - 1) / stride_h + 1;
-  const int64_t rows_w = (segment_count(p.bins_w) - 1) / stride_w + 1;
-  const int64_t n = place / rows_w / rows_h;
-  const Segment rows = segment(place / rows_w % rows_h * stride_h, shape.h, p.bins_h);
-  const Segment columns = segment(place % rows_w * stride_w, shape.w, p.bins_w);
-  if (c >= shape.c || rows.begin >= rows.end || columns.begin >= columns.end) return;
+  const I c = (task % pieces * lanes + lane.x) * V, place = task / pieces;
+  const I rows_h = (segment_count(bins_h) - 1) / stride_h + 1, rows_w = (segment_count(bins_w) - 1) / stride_w + 1;
+  const I line = place / rows_w, n = line / rows_h;
+  const SegmentOf<I> rows = segment<I>(line % rows_h * stride_h, height, bins_h);
+  const SegmentOf<I> columns = segment<I>(place % rows_w * stride_w, width, bins_w);
+  if (c >= channels || rows.begin >= rows.end || columns.begin >= columns.end) return;
 
   const Coefficients<A, V> k(p.norm, c);
-  A mean_dbeta[V], mean_dgamma[V], cell_p[V], two_q[V];
-  const A inverse_count = p.count > 0 ? static_cast<A>(1 / p.count) : A(0);
+  const A inverse_count = static_cast<A>(inverse);
+  A rstd[V], mean_dbeta[V], mean_dgamma[V], cell_p[V] = {}, two_q[V] = {};
+  load_rstd(p.norm, c, rstd);
+  load_values(p.dbeta, c, mean_dbeta);
+  load_values(p.dgamma, c, mean_dgamma);
 #pragma unroll
   for (int v = 0; v < V; ++v) {
-    mean_dbeta[v] = k.scale[v] * static_cast<const A*>(p.dbeta)[c + v] * inverse_count;
-    mean_dgamma[v] = k.scale[v] * static_cast<const A*>(p.dgamma)[c + v] * inverse_count * k.rstd[v];
+    mean_dbeta[v] *= k.scale[v] * inverse_count;
+    mean_dgamma[v] *= k.scale[v] * inverse_count * rstd[v];
   }
   const Strides strides = moment_strides(p.map, p.bins_h, p.bins_w);
-  scaled_cells(p.p, strides, n, c, rows, columns, k.scale, cell_p);
-  scaled_cells(p.q, strides, n, c, rows, columns, k.scale, two_q);
-  const T *z = static_cast<const T*>(p.z), *grad_y = static_cast<const T*>(p.grad_y);
-  T* dz = static_cast<T*>(p.dz);
-  for (PixelWalk walk(part * lane.rows + lane.row, task_warps * lane.rows, rows.begin, columns.begin, columns.end);
-       walk.h < rows.end; walk.next()) {
-    A value[V], gradient[V] = {};
-    load<V>(z + offset_of<I>(p.z_strides, n, c, walk.h, walk.w), value);
-    if (grad_y != nullptr) load<V>(grad_y + offset_of<I>(p.grad_y_strides, n, c, walk.h, walk.w), gradient);
+  if (p.p != nullptr) scaled_cells(p.p, strides, n, c, rows, columns, k.scale, cell_p);
+  if constexpr (kSecond) scaled_cells(p.q, strides, n, c, rows, columns, k.scale, two_q);
+  const I first = part * lane.rows + lane.row, step = task_warps * lane.rows;
+  const I count = share_of<I>(first, step, (rows.end - rows.begin) * (columns.end - columns.begin));
+  const PixelWalk<I> walk(first, step, rows.begin, columns.begin, columns.end);
+  const auto start = [&](const Strides& s) { return offset_of<I>(s, n, c, 0, 0); };
+  const auto offset = [](const Strides& s) {
+    return [&s](const PixelWalk<I>& at) { return offset_of<I>(s, 0, 0, at.h, at.w); };
+  };
+  const T* const z = static_cast<const T*>(p.z) + start(p.z_strides);
+  T* const dz = static_cast<T*>(p.dz) + start(p.dz_strides);
+  const auto form = [&](A(&value)[V], const A(&gradient)[V], const PixelWalk<I>& at) {
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       const A t = value[v] - k.mean[v];
       const Activated<A> a = activated(p.norm.activation, k.u(v, t));
-      const A scaled_p = cell_p[v] + k.scale[v] * gradient[v];
-      value[v] = affine_gradient(a, scaled_p, A(2) * two_q[v]) - (mean_dgamma[v] * t + mean_dbeta[v]);
+      const A scaled_p = kDense ? cell_p[v] + k.scale[v] * gradient[v] : cell_p[v];
+      const A dy = kSecond ? affine_gradient(a, scaled_p, A(2) * two_q[v]) : a.slope * scaled_p;
+      value[v] = dy - (mean_dgamma[v] * t + mean_dbeta[v]);
     }
-    store<V>(dz + offset_of<I>(p.dz_strides, n, c, walk.h, walk.w), value);
+    store<V>(dz + offset(p.dz_strides)(at), value);
+  };
+  if constexpr (kDense) {
+    const T* const grad_y = static_cast<const T*>(p.grad_y) + start(p.grad_y_strides);
+    for_each_pixel_of_two<V>(z, grad_y, walk, count, offset(p.z_strides), offset(p.grad_y_strides), form);
+  } else {
+    for_each_pixel<V>(z, walk, count, offset(p.z_strides),
+                      [&](A(&value)[V], const PixelWalk<I>& at) { form(value, value, at); });
   }
 }
 
 }  // namespace
 
 int64_t backward_sums_partials(const Map& map, int64_t bins_h, int64_t bins_w) {
-  return 2 * map.shape.c * (blocks_for(pixels_of(map)) + blocks_for(cells_of(map, bins_h, bins_w)));
+  return 2 * map.shape.c * (cut_cells(map, bins_h, bins_w).blocks + cut_pixels(map).blocks);
 }
 
-void backward_sums(const BackwardSums& p, Stream stream) {
+void backward_sums(const BackwardSums& given, Stream stream) {
+  BackwardSums p = given;
   const int64_t channels = p.map.shape.c;
-  int64_t blocks = 0;
-  if (p.p != nullptr || p.q != nullptr) {
-    blocks = blocks_for(cells_of(p.map, p.bins_h, p.bins_w));
+  const Cut cells = cut_cells(p.map, p.bins_h, p.bins_w), pixels = cut_pixels(p.map);
+  const int64_t of_cells = p.p != nullptr || p.q != nullptr ? cells.blocks : 0;
+  const Partial partial{p.partial, 0, of_cells + (p.grad_y != nullptr ? pixels.blocks : 0)};
+  if (of_cells > 0) {
     const ChannelSplit split = split_channels(channels, 1, p.map.layout);
     with_bool(p.map.dtype == DType::kFloat64, [&]<bool kDouble>() {
       using A = std::conditional_t<kDouble, double, float>;
-      launch(cell_sums<A>, blocks * split.chunks, kThreads, stream, p, split.lanes, split.chunks, blocks);
+      launch(cell_sums<A>, cells.blocks * split.chunks, kThreads, stream, p, partial, cells, split.lanes, split.chunks);
     });
   }
   if (p.grad_y != nullptr) {
-    const int64_t dense = blocks_for(pixels_of(p.map));
+    if (is_one_row(p.map.shape, p.z_strides) && is_one_row(p.map.shape, p.grad_y_strides))
+      p.map.shape = one_row(p.map.shape);
     with_instance(
-        p.map,
+        p.map, false,
         [&]<class T, class I, int V>() {
           const ChannelSplit split = split_channels(channels, V, p.map.layout);
-          launch(dense_sums<T, I, V>, dense * split.chunks, kThreads, stream, p, blocks, split.lanes, split.chunks,
-                 dense);
+          launch(dense_sums<T, I, V>, pixels.blocks * split.chunks, kThreads, stream, p,
+                 Partial{p.partial, of_cells, partial.blocks}, pixels, split.lanes, split.chunks);
         },
         Access{p.z, p.z_strides}, Access{p.grad_y, p.grad_y_strides});
-    blocks += dense;
   }
   const int64_t grid = (channels + kWarps - 1) / kWarps;
   if (p.map.dtype == DType::kFloat64)
-    launch(combine_sums<double>, grid, kThreads, stream, p, blocks);
+    launch(combine_sums<double>, grid, kThreads, stream, p, partial);
   else
-    launch(combine_sums<float>, grid, kThreads, stream, p, blocks);
+    launch(combine_sums<float>, grid, kThreads, stream, p, partial);
 }
 
 void input_gradient(const InputGradient& p, Stream stream) {
   constexpr int64_t kPixelsOfWarpThread = 32;  // as in apply.cu
   const Shape& s = p.map.shape;
+  const double inverse = p.count > 0 ? 1 / p.count : 0;
   const int stride_h = s.h % p.bins_h == 0 ? 2 : 1, stride_w = s.w % p.bins_w == 0 ? 2 : 1;
   with_instance(
-      p.map,
+      p.map, cells_need_64_bits(p.map),
       [&]<class T, class I, int V>() {
         const ChannelSplit split = split_channels(s.c, V, p.map.layout);
         const int64_t segments =
@@ -240,8 +269,12 @@ void input_gradient(const InputGradient& p, Stream stream) {
         const int64_t area = (s.h / p.bins_h) * (s.w / p.bins_w);
         const int task_warps = area * split.lanes > kPixelsOfWarpThread * kWarp ? kWarps : 1;
         const int64_t blocks = (tasks * task_warps + kWarps - 1) / kWarps;
-        launch(form_gradient<T, I, V>, blocks, kThreads, stream, p, task_warps, stride_h, stride_w, split.lanes,
-               split.chunks, tasks);
+        with_bool(p.q != nullptr, [&]<bool kSecond>() {
+          with_bool(p.grad_y != nullptr, [&]<bool kDense>() {
+            launch(form_gradient<T, I, V, kSecond, kDense>, blocks, kThreads, stream, p, inverse, task_warps, stride_h,
+                   stride_w, split.lanes, split.chunks, tasks);
+          });
+        });
       },
       Access{p.z, p.z_strides}, Access{p.dz, p.dz_strides}, Access{p.grad_y, p.grad_y_strides});
 }

@@ -65,12 +65,16 @@ struct alignas(sizeof(T) * V) Packed {
   T values[V];
 };
 
+template <int V, class T>
+LAYERWISE_INLINE void widen_all(const Packed<T, V>& packed, Compute<T> (&values)[V]) {
+#pragma unroll
+  for (int v = 0; v < V; ++v) values[v] = widen(packed.values[v]);
+}
+
 // V elements by one access; `source` is aligned to all of them.
 template <int V, class T>
 LAYERWISE_INLINE void load(const T* source, Compute<T> (&values)[V]) {
-  const Packed<T, V> packed = *reinterpret_cast<const Packed<T, V>*>(source);
-#pragma unroll
-  for (int v = 0; v < V; ++v) values[v] = widen(packed.values[v]);
+  widen_all(*reinterpret_cast<const Packed<T, V>*>(source), values);
 }
 template <int V, class T>
 LAYERWISE_INLINE void store(T* target, const Compute<T> (&values)[V]) {
@@ -112,12 +116,12 @@ LAYERWISE_DEVICE A sum_over_rows(A value, int lanes) {
 }
 
 // Walks pixels `step` apart, row by row, over the columns [w_begin, w_end).
+template <class I>
 struct PixelWalk {
-  int64_t h, w, w_begin, w_end, step_h, step_w;
+  I h, w, w_begin, w_end, step_h, step_w;
 
-  LAYERWISE_MEMBER PixelWalk(int64_t first, int64_t step, int64_t h_begin, int64_t w_begin_, int64_t w_end_)
-      : w_begin(w_begin_), w_end(w_end_) {
-    const int64_t width = w_end - w_begin;
+  LAYERWISE_MEMBER PixelWalk(I first, I step, I h_begin, I w_begin_, I w_end_) : w_begin(w_begin_), w_end(w_end_) {
+    const I width = w_end - w_begin;
     h = h_begin + first / width;
     w = w_begin + first % width;
     step_h = step / width;
@@ -133,31 +137,144 @@ struct PixelWalk {
   }
 };
 
+// Loads of a thread that are under way at once.  The memory answers after some 700 ns, in which it could have brought
+// 25 KB to each multiprocessor; 512 threads, what the registers of these kernels leave room for, ask for 32 KB by four
+// accesses of 16 bytes.
+constexpr int kAhead = 4;
+
+// use(values, walk) for `count` pixels of a walk, each loaded from source + offset(walk) some pixels ahead of its use.
+template <int V, class T, class I, class Offset, class Use>
+LAYERWISE_DEVICE void for_each_pixel(const T* source, PixelWalk<I> walk, I count, const Offset& offset,
+                                     const Use& use) {
+  PixelWalk<I> ahead = walk;
+  for (I i = 0; i < count; i += kAhead) {
+    Packed<T, V> loaded[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      if (i + k >= count) break;
+      loaded[k] = *reinterpret_cast<const Packed<T, V>*>(source + offset(ahead));
+      ahead.next();
+    }
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      if (i + k >= count) break;
+      Compute<T> values[V];
+      widen_all(loaded[k], values);
+      use(values, walk);
+      walk.next();
+    }
+  }
+}
+
+// The same with a second map, whose values are 0 where it is null.
+template <int V, class T, class I, class OffsetA, class OffsetB, class Use>
+LAYERWISE_DEVICE void for_each_pixel_of_two(const T* a, const T* b, PixelWalk<I> walk, I count, const OffsetA& offset_a,
+                                            const OffsetB& offset_b, const Use& use) {
+  PixelWalk<I> ahead = walk;
+  for (I i = 0; i < count; i += kAhead) {
+    Packed<T, V> loaded_a[kAhead], loaded_b[kAhead] = {};
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      if (i + k >= count) break;
+      loaded_a[k] = *reinterpret_cast<const Packed<T, V>*>(a + offset_a(ahead));
+      if (b != nullptr) loaded_b[k] = *reinterpret_cast<const Packed<T, V>*>(b + offset_b(ahead));
+      ahead.next();
+    }
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      if (i + k >= count) break;
+      Compute<T> values_a[V], values_b[V];
+      widen_all(loaded_a[k], values_a);
+      widen_all(loaded_b[k], values_b);
+      use(values_a, values_b, walk);
+      walk.next();
+    }
+  }
+}
+
+// How many of `count` pixels a thread takes that begins with `first` and goes on in steps.
+template <class I>
+LAYERWISE_INLINE I share_of(I first, I step, I count) {
+  return first < count ? (count - first + step - 1) / step : I(0);
+}
+
 // Offset of an element in the index type I, which the launcher picks by the size of the tensor.
 template <class I>
-LAYERWISE_INLINE I offset_of(const Strides& s, int64_t n, int64_t c, int64_t h, int64_t w) {
-  return static_cast<I>(n) * static_cast<I>(s.n) + static_cast<I>(c) * static_cast<I>(s.c) +
-         static_cast<I>(h) * static_cast<I>(s.h) + static_cast<I>(w) * static_cast<I>(s.w);
+LAYERWISE_INLINE I offset_of(const Strides& s, I n, I c, I h, I w) {
+  return n * static_cast<I>(s.n) + c * static_cast<I>(s.c) + h * static_cast<I>(s.h) + w * static_cast<I>(s.w);
 }
+
+// Where the rows of all samples lie at equal distances they are one long row: no division per pixel then.
+inline bool is_one_row(const Shape& s, const Strides& d) {
+  return (s.h == 1 || d.h == s.w * d.w) && (s.n == 1 || d.n == s.h * s.w * d.w);
+}
+inline Shape one_row(const Shape& s) { return {1, s.c, 1, s.n * s.h * s.w}; }
 
 // -- Per-channel values ----------------------------------------------------------------------------------------------------
 
+// How blocks share the rows of a task, whatever those are.
+struct Cut {
+  int64_t rows, size, blocks;  // of all, of a block but for a shorter last one
+
+  LAYERWISE_MEMBER int64_t begin(int64_t block) const { return block * size; }
+  LAYERWISE_MEMBER int64_t end(int64_t block) const { return begin(block) + size < rows ? begin(block) + size : rows; }
+};
+inline Cut cut_rows(int64_t rows, int64_t wanted_size, int64_t most_blocks) {
+  const int64_t least = (rows + most_blocks - 1) / most_blocks, size = wanted_size > least ? wanted_size : least;
+  return {rows, size, (rows + size - 1) / size};
+}
+
 // With the centred t = z - mean, u = gamma*rstd * t + beta; a mean much larger than the deviation does not cancel.  Sums
 // over xhat are taken over t and scaled by rstd at their end.
+// V neighbouring values of an array of A, by accesses of 16 bytes.
+template <int V, class A>
+LAYERWISE_INLINE void load_values(const void* source, int64_t at, A (&values)[V]) {
+  constexpr int kPart = V * static_cast<int>(sizeof(A)) < 16 ? V : 16 / static_cast<int>(sizeof(A));
+  const A* from = static_cast<const A*>(source) + at;
+#pragma unroll
+  for (int v = 0; v < V; v += kPart) {
+    const Packed<A, kPart> part = *reinterpret_cast<const Packed<A, kPart>*>(from + v);
+#pragma unroll
+    for (int k = 0; k < kPart; ++k) values[v + k] = part.values[k];
+  }
+}
+template <int V, class A>
+LAYERWISE_INLINE void load_values(const void* source, int64_t at, A absent, A (&values)[V]) {
+  if (source != nullptr) return load_values(source, at, values);
+#pragma unroll
+  for (int v = 0; v < V; ++v) values[v] = absent;
+}
+template <int V, class A>
+LAYERWISE_INLINE void store_values(A* target, const A (&values)[V]) {
+  constexpr int kPart = V * static_cast<int>(sizeof(A)) < 16 ? V : 16 / static_cast<int>(sizeof(A));
+#pragma unroll
+  for (int v = 0; v < V; v += kPart) {
+    Packed<A, kPart> part;
+#pragma unroll
+    for (int k = 0; k < kPart; ++k) part.values[k] = values[v + k];
+    *reinterpret_cast<Packed<A, kPart>*>(target + v) = part;
+  }
+}
+
+template <int V, class A>
+LAYERWISE_DEVICE void load_rstd(const Norm& p, int64_t c, A (&rstd)[V]) {
+  load_values(p.var, c, rstd);
+#pragma unroll
+  for (int v = 0; v < V; ++v) rstd[v] = rsqrt(rstd[v] + static_cast<A>(p.eps));
+}
+
 template <class A, int V>
 struct Coefficients {
-  A mean[V], rstd[V], scale[V], beta[V];
+  A mean[V], scale[V], beta[V];
 
-  LAYERWISE_MEMBER Coefficients(const Norm& p, int64_t c) {
-    const A *means = static_cast<const A*>(p.mean), *vars = static_cast<const A*>(p.var);
-    const A *weights = static_cast<const A*>(p.weight), *biases = static_cast<const A*>(p.bias);
+  LAYERWISE_DEVICE_MEMBER Coefficients(const Norm& p, int64_t c) {
+    A rstd[V], weight[V];
+    load_values(p.mean, c, mean);
+    load_values(p.bias, c, A(0), beta);
+    load_values(p.weight, c, A(1), weight);
+    load_rstd(p, c, rstd);
 #pragma unroll
-    for (int v = 0; v < V; ++v) {
-      mean[v] = means[c + v];
-      rstd[v] = A(1) / std::sqrt(vars[c + v] + static_cast<A>(p.eps));
-      scale[v] = (weights == nullptr ? A(1) : weights[c + v]) * rstd[v];
-      beta[v] = biases == nullptr ? A(0) : biases[c + v];
-    }
+    for (int v = 0; v < V; ++v) scale[v] = weight[v] * rstd[v];
   }
   LAYERWISE_MEMBER A u(int v, A t) const { return scale[v] * t + beta[v]; }
 };
@@ -197,18 +314,21 @@ inline bool aligned(const Map& map, int element_size, const Access& a) {
           a.strides.h % v == 0 && a.strides.w % v == 0 && map.shape.c % v == 0);
 }
 
+// For offsets, and for numbers of elements, of which an expanded map has more than its memory.
 inline bool needs_64_bits(const Map& map, const Access& a) {
   const Shape& s = map.shape;
   const int64_t last =
       (s.n - 1) * a.strides.n + (s.c - 1) * a.strides.c + (s.h - 1) * a.strides.h + (s.w - 1) * a.strides.w;
-  return last > INT32_MAX - 64;
+  constexpr int64_t kMost = INT32_MAX - (1 << 20);  // a step of any walk ends below 2^31, too
+  return last > kMost || s.n * s.c * s.h * s.w > kMost;
 }
+inline bool cells_need_64_bits(const Map& map) { return map.shape.h > 32767 || map.shape.w > 32767; }
 
-// Calls body<T, I, V>() for the element type of the map, the index type that its size needs, and the widest access that
-// all of the maps allow.
+// Calls body<T, I, V>() for the element type of the map, an index type of 64 bits if it is wide or its size needs them,
+// and the widest access that all of the maps allow.
 template <class Body, class... Accesses>
-void with_instance(const Map& map, const Body& body, const Accesses&... accesses) {
-  const bool wide = (needs_64_bits(map, accesses) || ...);
+void with_instance(const Map& map, bool wide, const Body& body, const Accesses&... accesses) {
+  wide = wide || (needs_64_bits(map, accesses) || ...);
   const auto choose = [&]<class T>() {
     constexpr int kVector = 16 / static_cast<int>(sizeof(T));
     const bool vectors = map.layout == Layout::kChannelsLast && (aligned(map, sizeof(T), accesses) && ...);
@@ -224,8 +344,8 @@ void with_instance(const Map& map, const Body& body, const Accesses&... accesses
       return choose.template operator()<BFloat16>();
     case DType::kFloat16:
       return choose.template operator()<Float16>();
-    case DType::kFloat64:
-      return choose.template operator()<double>();
+    case DType::kFloat64:  // for checks: one plain instance
+      return body.template operator()<double, int64_t, 1>();
   }
 }
 

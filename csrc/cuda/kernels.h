@@ -1,7 +1,8 @@
 // The launchers of the CUDA kernels, for the glue: plain data in, nothing of torch or CUDA in this header.
 //
 // Maps have any strides; 16-byte accesses are used where the channels (channels_last) lie next to each other and are
-// aligned.  A is float, or double for float64 maps: the type of statistics, moments, sums and their gradients.
+// aligned.  A is float, or double for float64 maps: the type of statistics, moments, sums and their gradients, whose arrays
+// begin at multiples of 16 bytes.
 #pragma once
 
 #include "../params.h"
@@ -13,17 +14,17 @@ using Stream = void*;  // cudaStream_t
 // What normalises a map, [C] of A each.
 struct Norm {
   const void* mean;
-  const void* var;     // biased
+  const void* var;  // biased
   const void* weight;  // or null: 1
-  const void* bias;    // or null: 0
+  const void* bias;  // or null: 0
   double eps;
   Activation activation;
 };
 
-// Count, mean and M2, the sum of squared deviations, of a set of values.  In double: the mean of float32 values that are
-// much larger than their deviation is not a float32.
+// Mean and M2, the sum of squared deviations, of a set of values.  In double: the mean of float32 values that are much
+// larger than their deviation is not a float32.
 struct Moments {
-  double count, mean, m2;
+  double mean, m2;
 };
 
 struct Statistics {
@@ -31,8 +32,8 @@ struct Statistics {
   const void* z;
   Strides z_strides;
   Moments* partial;  // statistics_partials of them
-  void* mean;     // [C] of A
-  void* var;      // [C] of A, biased
+  void* mean;  // [C] of A
+  void* var;  // [C] of A, biased
 };
 int64_t statistics_partials(const Map& map);
 void statistics(const Statistics& p, Stream stream);
@@ -45,8 +46,8 @@ struct Apply {
   void* y;
   Strides y_strides;
   Norm norm;
-  void* m1;    // [N, C, bins_h, bins_w] of A in the map's layout, or null: no moments
-  void* m2;    // or null: no second moment
+  void* m1;  // [N, C, bins_h, bins_w] of A in the map's layout, or null: no moments
+  void* m2;  // or null: no second moment
   void* sums;  // A0, A1 and, for the second moment, B0, B1, each laid out as m1
 };
 void apply(const Apply& p, Stream stream);
@@ -63,8 +64,8 @@ struct BackwardSums {
   const void* sums;
   Norm norm;
   void* partial;  // backward_sums_partials of A
-  void* dgamma;   // [C] of A
-  void* dbeta;    // [C] of A
+  void* dgamma;  // [C] of A
+  void* dbeta;  // [C] of A
 };
 int64_t backward_sums_partials(const Map& map, int64_t bins_h, int64_t bins_w);
 void backward_sums(const BackwardSums& p, Stream stream);
@@ -102,9 +103,9 @@ void update_running_statistics(const RunningStatistics& p, Stream stream);
 
 // Average pooling from sums over cells, a linear classifier and cross-entropy (functional.pooled_linear_cross_entropy).
 struct Head {
-  DType dtype;     // float32 or float64, of all arrays
-  Layout layout;   // of the sums and of their gradient, dense
-  Shape moments;   // [N, C, bins_h, bins_w]
+  DType dtype;  // float32 or float64, of all arrays
+  Layout layout;  // of the sums and of their gradient, dense
+  Shape moments;  // [N, C, bins_h, bins_w]
   int64_t height, width;  // of the map that was summed
   int64_t classes;
   const void* m1;
@@ -113,13 +114,13 @@ struct Head {
 
 struct HeadForward {
   Head head;
-  const void* bias;        // [classes], or null
+  const void* bias;  // [classes], or null
   const int64_t* targets;  // [N]
   double label_smoothing;
-  void* logits;       // [N, classes]
+  void* logits;  // [N, classes]
   void* grad_logits;  // [N, classes], of the loss
   void* sample_losses;  // [N]
-  void* loss;           // mean over the samples that are not ignored
+  void* loss;  // mean over the samples that are not ignored
 };
 void head_forward(const HeadForward& p, Stream stream);
 
@@ -127,7 +128,7 @@ struct HeadBackward {
   Head head;
   const void* grad_logits;
   const void* scale;  // a factor of all gradients on the device, or null: 1
-  void* grad_m1;      // each of the three may be null
+  void* grad_m1;  // each of the three may be null
   void* grad_weight;
   void* grad_bias;
 };

@@ -23,6 +23,15 @@
 
 namespace layerwise::cuda {
 
+// Of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+    throw std::runtime_error("CUDA: the device cannot be asked for its number of multiprocessors");
+  return count;
+}
+
 // Threads of one dimension; stream is a cudaStream_t.
 template <class... Parameters>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream,

@@ -6,102 +6,100 @@
 namespace layerwise::cuda {
 namespace {
 
-constexpr int64_t kPixelsOfThread = 64;  // about so many terms are summed in A before they are combined as moments
-constexpr int64_t kMostBlocks = 1024;  // of pixels, per piece of channels
+constexpr int64_t kPixelsOfBlock = 512;
+constexpr int kResident = 3;  // blocks that a multiprocessor holds at once
+constexpr int64_t kWaves = 2;  // of those, per piece of channels, where there is enough to do
 
-// The share needs the precision of A only: its error is relative to the difference of the means.
-template <class A>
-LAYERWISE_DEVICE void add(Moments& m, const Moments& o) {
-  const double total = m.count + o.count;
-  if (total == 0) return;
-  const double delta = o.mean - m.mean, share = static_cast<A>(o.count) / static_cast<A>(total);
-  m.mean += delta * share;
-  m.m2 += o.m2 + delta * delta * m.count * share;
-  m.count = total;
-}
-LAYERWISE_DEVICE Moments shuffled(const Moments& m, int offset) {
-  return {__shfl_xor_sync(kAllLanes, m.count, offset), __shfl_xor_sync(kAllLanes, m.mean, offset),
-          __shfl_xor_sync(kAllLanes, m.m2, offset)};
-}
-
-struct Cut {
-  int64_t pixels;  // of the map, per channel
-  int64_t blocks;  // that share them
-};
 Cut cut(const Map& map) {
   const Shape& s = map.shape;
-  const int64_t pixels = s.n * s.h * s.w;
-  // A block has at least 8 threads across pixels.
-  const int64_t wanted = (pixels + 8 * kPixelsOfThread - 1) / (8 * kPixelsOfThread);
-  return {pixels, wanted < kMostBlocks ? wanted : kMostBlocks};
+  return cut_rows(s.n * s.h * s.w, kPixelsOfBlock, kWaves * kResident * multiprocessors());
 }
 
-// partial: [blocks, C]
+// A thread sums deviations from its own first pixel, an outlier at worst for itself.  The block then sums over its threads
+// about its first pixel, in double: so neither needs a division per step.  partial: [C, blocks]
 template <class T, class I, int V>
-__global__ void __launch_bounds__(kThreads, 3) block_statistics(Statistics p, Cut cut, int lanes, int64_t chunks) {
+__global__ void __launch_bounds__(kThreads, sizeof(I) == 4 ? kResident : 2)  // wide offsets take registers
+    block_statistics(Statistics p, Cut cut, int lanes, int64_t chunks) {
   using A = Compute<T>;
-  LAYERWISE_SHARED(Moments, shared, kWarps * kWarp);
-  const Shape& shape = p.map.shape;
-  const int64_t chunk = blockIdx.x % chunks, block = blockIdx.x / chunks;
+  constexpr int kValues = kWarp * V;  // channels of a block, at most
+  LAYERWISE_SHARED(double, shared, 2 * kWarps * kValues);
+  const I channels = p.map.shape.c, height = p.map.shape.h, width = p.map.shape.w;
+  const I chunk = blockIdx.x % static_cast<I>(chunks), block = blockIdx.x / static_cast<I>(chunks);
   const int warp = threadIdx.x / kWarp;
   const Lane lane = lane_of(threadIdx.x, lanes);
-  const int64_t c = (chunk * lanes + lane.x) * V;
-  const int64_t begin = block * cut.pixels / cut.blocks, end = (block + 1) * cut.pixels / cut.blocks;
-  const int64_t step = lane.rows * kWarps, first = begin + warp * lane.rows + lane.row;
+  const I c = (chunk * lanes + lane.x) * V, begin = cut.begin(block), end = cut.end(block);
+  const I step = lane.rows * kWarps, first = begin + warp * lane.rows + lane.row;
+  const T* z = static_cast<const T*>(p.z);
+  // Rows of all samples, one below the other.
+  const auto offset = [&](const PixelWalk<I>& at) {
+    const I n = height == 1 ? at.h : at.h / height;
+    return offset_of<I>(p.z_strides, n, 0, at.h - n * height, at.w);
+  };
+  const T* first_pixel = z + offset(PixelWalk<I>(begin, 1, 0, 0, width));
 
-  A shift[V] = {}, sum[V] = {}, square[V] = {}, value[V];
-  int64_t count = 0;
-  if (c < shape.c && first < end) {
-    const T* z = static_cast<const T*>(p.z);
-    // Rows of all samples, one below the other.
-    PixelWalk walk(first, step, 0, 0, shape.w);
-    const auto address = [&] {
-      const int64_t n = walk.h / shape.h;
-      return z + offset_of<I>(p.z_strides, n, c, walk.h - n * shape.h, walk.w);
-    };
-    load<V>(address(), shift);
-    count = (end - first + step - 1) / step;
-    for (int64_t i = 0; i < count; ++i, walk.next()) {
-      load<V>(address(), value);
+  A shift[V] = {}, sum[V] = {}, square[V] = {}, reference[V] = {};
+  const I count = c < channels ? share_of<I>(first, step, end) : I(0);
+  if (count > 0) {
+    const T* of_channels = z + c * static_cast<I>(p.z_strides.c);
+    const PixelWalk<I> walk(first, step, 0, 0, width);
+    load<V>(of_channels + offset(walk), shift);
+    for_each_pixel<V>(of_channels, walk, count, offset, [&](const A(&value)[V], const PixelWalk<I>&) {
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         const A d = value[v] - shift[v];
         sum[v] += d;
         square[v] += d * d;
       }
-    }
+    });
+    load<V>(first_pixel + c * static_cast<I>(p.z_strides.c), reference);
   }
+  const A inverse_count = count > 0 ? A(1) / static_cast<A>(count) : A(0);
 #pragma unroll
   for (int v = 0; v < V; ++v) {
-    Moments m{static_cast<double>(count), 0, 0};
-    if (count > 0) {
-      const double mean = sum[v] / static_cast<A>(count);
-      m.mean = shift[v] + mean;
-      m.m2 = square[v] - sum[v] * mean;
+    const double mean = sum[v] * inverse_count;  // but for the shift
+    const double d = static_cast<double>(shift[v]) - static_cast<double>(reference[v]) + mean;
+    const double deviations = sum_over_rows(count * d, lanes);
+    const double squares = sum_over_rows(square[v] - sum[v] * mean + count * d * d, lanes);
+    if (lane.row != 0) continue;
+    shared[warp * kValues + lane.x * V + v] = deviations;
+    shared[(kWarps + warp) * kValues + lane.x * V + v] = squares;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < lanes * V; i += kThreads) {
+    const I channel = chunk * lanes * V + i;
+    if (channel >= channels) continue;
+    double deviations = 0, squares = 0;
+    for (int w = 0; w < kWarps; ++w) {
+      deviations += shared[w * kValues + i];
+      squares += shared[(kWarps + w) * kValues + i];
     }
-    for (int offset = lanes; offset < kWarp; offset *= 2) add<A>(m, shuffled(m, offset));
-    if (lane.row == 0) shared[warp * lanes + lane.x] = m;
-    __syncthreads();
-    if (warp == 0 && lane.row == 0 && c < shape.c) {
-      for (int w = 1; w < kWarps; ++w) add<A>(m, shared[w * lanes + lane.x]);
-      p.partial[block * shape.c + c + v] = m;
-    }
-    __syncthreads();
+    const double mean = deviations / static_cast<double>(end - begin);
+    const double shift_of_block = widen(first_pixel[channel * static_cast<I>(p.z_strides.c)]);
+    p.partial[static_cast<int64_t>(channel) * cut.blocks + block] = {shift_of_block + mean,
+                                                                     squares - deviations * mean};
   }
 }
 
-// A warp per channel.
+// A warp per channel; sums about the mean of the first block, so that there is no division per block.
 template <class A>
-__global__ void __launch_bounds__(kThreads) combine_statistics(Statistics p, int64_t blocks) {
+__global__ void __launch_bounds__(kThreads) combine_statistics(Statistics p, Cut cut) {
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (c >= p.map.shape.c) return;
   const int lane = threadIdx.x % kWarp;
-  Moments total{0, 0, 0};
-  for (int64_t b = lane; b < blocks; b += kWarp) add<double>(total, p.partial[b * p.map.shape.c + c]);
-  for (int offset = 1; offset < kWarp; offset *= 2) add<double>(total, shuffled(total, offset));
+  const Moments* partial = p.partial + c * cut.blocks;
+  const double reference = partial[0].mean, pixels = static_cast<double>(cut.rows);
+  double deviations = 0, squares = 0;
+  for (int64_t b = lane; b < cut.blocks; b += kWarp) {
+    const double count = static_cast<double>(cut.end(b) - cut.begin(b)), d = partial[b].mean - reference;
+    deviations += count * d;
+    squares += partial[b].m2 + count * d * d;
+  }
+  deviations = sum_over_rows(deviations, 1);
+  squares = sum_over_rows(squares, 1);
   if (lane != 0) return;
-  static_cast<A*>(p.mean)[c] = static_cast<A>(total.mean);
-  static_cast<A*>(p.var)[c] = static_cast<A>(total.m2 / total.count);
+  const double var = (squares - deviations * (deviations / pixels)) / pixels;
+  static_cast<A*>(p.mean)[c] = static_cast<A>(reference + deviations / pixels);
+  static_cast<A*>(p.var)[c] = static_cast<A>(var < 0 ? 0 : var);
 }
 
 template <class A>
@@ -118,12 +116,14 @@ __global__ void __launch_bounds__(kThreads) update_statistics(RunningStatistics 
 
 }  // namespace
 
-int64_t statistics_partials(const Map& map) { return cut(map).blocks * map.shape.c; }
+int64_t statistics_partials(const Map& map) { return map.shape.c * cut(map).blocks; }
 
-void statistics(const Statistics& p, Stream stream) {
+void statistics(const Statistics& given, Stream stream) {
+  Statistics p = given;
   const Cut pixels = cut(p.map);
+  if (is_one_row(p.map.shape, p.z_strides)) p.map.shape = one_row(p.map.shape);
   with_instance(
-      p.map,
+      p.map, false,
       [&]<class T, class I, int V>() {
         const ChannelSplit split = split_channels(p.map.shape.c, V, p.map.layout);
         launch(block_statistics<T, I, V>, pixels.blocks * split.chunks, kThreads, stream, p, pixels, split.lanes,
@@ -132,9 +132,9 @@ void statistics(const Statistics& p, Stream stream) {
       Access{p.z, p.z_strides});
   const int64_t blocks = (p.map.shape.c + kWarps - 1) / kWarps;
   if (p.map.dtype == DType::kFloat64)
-    launch(combine_statistics<double>, blocks, kThreads, stream, p, pixels.blocks);
+    launch(combine_statistics<double>, blocks, kThreads, stream, p, pixels);
   else
-    launch(combine_statistics<float>, blocks, kThreads, stream, p, pixels.blocks);
+    launch(combine_statistics<float>, blocks, kThreads, stream, p, pixels);
 }
 
 void update_running_statistics(const RunningStatistics& p, Stream stream) {

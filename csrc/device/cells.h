@@ -9,27 +9,41 @@ namespace layerwise {
 
 // Cell i of `bins` over `size` elements covers [floor(i*size/bins), ceil((i+1)*size/bins)).  Neighbouring cells share
 // one element where bins does not divide size; with bins <= size no element belongs to more than two cells.
-LAYERWISE_INLINE int64_t cell_begin(int64_t i, int64_t size, int64_t bins) { return i * size / bins; }
-LAYERWISE_INLINE int64_t cell_end(int64_t i, int64_t size, int64_t bins) { return ((i + 1) * size + bins - 1) / bins; }
+// I holds size * bins and more: 32 bits divide many times faster on a GPU.
+template <class I>
+LAYERWISE_INLINE I cell_begin(I i, I size, I bins) {
+  return i * size / bins;
+}
+template <class I>
+LAYERWISE_INLINE I cell_end(I i, I size, I bins) {
+  return ((i + 1) * size + bins - 1) / bins;
+}
 
 // First element of cell i that no earlier cell covers.
-LAYERWISE_INLINE int64_t cell_own_begin(int64_t i, int64_t size, int64_t bins) {
-  return i == 0 ? 0 : cell_end(i - 1, size, bins);
+template <class I>
+LAYERWISE_INLINE I cell_own_begin(I i, I size, I bins) {
+  return i == 0 ? 0 : cell_end<I>(i - 1, size, bins);
 }
 
 // A maximal run of elements that the same cells cover: even segments belong to one cell, odd ones (possibly empty)
 // to it and its successor.  There are 2*bins - 1 segments.
-struct Segment {
-  int64_t begin, end;              // elements
-  int64_t first_cell, last_cell;   // inclusive
+template <class I>
+struct SegmentOf {
+  I begin, end;             // elements
+  I first_cell, last_cell;  // inclusive
 };
+using Segment = SegmentOf<int64_t>;
 
-LAYERWISE_INLINE int64_t segment_count(int64_t bins) { return 2 * bins - 1; }
+template <class I>
+LAYERWISE_INLINE I segment_count(I bins) {
+  return 2 * bins - 1;
+}
 
-LAYERWISE_INLINE Segment segment(int64_t s, int64_t size, int64_t bins) {
-  const int64_t i = s / 2;
-  if (s % 2 == 1) return {cell_begin(i + 1, size, bins), cell_end(i, size, bins), i, i + 1};
-  return {cell_own_begin(i, size, bins), i + 1 < bins ? cell_begin(i + 1, size, bins) : size, i, i};
+template <class I>
+LAYERWISE_INLINE SegmentOf<I> segment(I s, I size, I bins) {
+  const I i = s / 2;
+  if (s % 2 == 1) return {cell_begin<I>(i + 1, size, bins), cell_end<I>(i, size, bins), i, static_cast<I>(i + 1)};
+  return {cell_own_begin<I>(i, size, bins), i + 1 < bins ? cell_begin<I>(i + 1, size, bins) : size, i, i};
 }
 
 }  // namespace layerwise

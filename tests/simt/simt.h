@@ -69,6 +69,12 @@ inline uint16_t to_bfloat16(float v) {  // to nearest even; NaN stays NaN
 
 namespace layerwise::cuda {
 
+template <class A>
+A rsqrt(A v) {
+  return A(1) / std::sqrt(v);
+}
+inline int multiprocessors() { return 4; }
+
 template <class... Parameters>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void*,
             std::type_identity_t<Parameters>... arguments) {
