@@ -10,7 +10,7 @@ TORCH ?= torch==2.13.0
 WORKERS ?= 2
 
 bin := .venv/bin
-cxx := $(shell find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+cxx := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 build_inputs := $(shell find csrc -type f) $(wildcard cmake/*) CMakeLists.txt pyproject.toml
 
 operator_tests := $(addprefix tests/test_,cuda_kernels.py bn_act_moments.py conv_bn_act.py head.py autograd.py compile.py nn.py stage.py \

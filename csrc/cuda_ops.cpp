@@ -6,6 +6,7 @@
 
 #include "convolution.h"
 #include "cuda/kernels.h"
+#include "cuda_convolution.h"
 #include "cuda_device.h"
 #include "schemas.h"
 
@@ -149,13 +150,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_m
   const Tensor w = conv_weight.scalar_type() == input.scalar_type()
                        ? conv_weight
                        : torch::stable::to(conv_weight, input.scalar_type());
-  const Tensor z = convolution(input, w, stride, padding, dilation, groups);
+  const auto by_library = [&] { return convolution(input, w, stride, padding, dilation, groups); };
+  const auto with_statistics = [&]() -> ConvolutionResult {
+    const Tensor z = by_library();
+    const auto [mean, var] = statistics(z, layout_of(z), device);
+    return {z, mean, var};
+  };
+  auto [z, mean, var] = given_mean.has_value()
+                            ? ConvolutionResult(by_library(), torch::stable::clone(channel_values(*given_mean, input)),
+                                                torch::stable::clone(channel_values(*given_var, input)))
+                            : convolution_and_statistics(with_statistics, input, w, s,
+                                                         window_of(w, stride, padding, dilation), groups, device);
   const Layout layout = layout_of(z);
-  std::tuple<Tensor, Tensor> mean_var = given_mean.has_value()
-                                            ? std::tuple(torch::stable::clone(channel_values(*given_mean, z)),
-                                                         torch::stable::clone(channel_values(*given_var, z)))
-                                            : statistics(z, layout, device);
-  auto& [mean, var] = mean_var;
   // The convolution's bias shifts z and its mean alike, so it is never added: only a given mean must lose it.
   if (given_mean.has_value() && conv_bias.has_value())
     mean = torch::stable::subtract(mean, channel_values(*conv_bias, z));

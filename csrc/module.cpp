@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "autotune.h"
 #include "build_info.h"
 #include "cpu/dispatch.h"
 #include "cpu/memory.h"
@@ -21,9 +22,15 @@ PYBIND11_MODULE(_C, m) {
     info["flags"] = kFlags;
     info["CPU kernels"] = kCapabilities;
     info["CUDA kernels"] = kCuda;
+    info["CUTLASS"] = kCutlass;
     info["sanitizers"] = kSanitize;
     return info;
   });
+  m.def("autotune_enabled", [] { return autotuner().enabled(); });
+  m.def("set_autotune_enabled", [](bool enabled) { autotuner().set_enabled(enabled); });
+  m.def("autotune_choices", [] { return autotuner().choices(); });
+  m.def("set_autotune_choices",
+        [](const std::map<std::string, std::string>& choices) { autotuner().set_choices(choices); });
   m.def("cpu_capabilities", &cpu::available_capabilities);
   m.def("cpu_capability", &cpu::capability);
   m.def("set_cpu_capability", &cpu::set_capability, py::arg("name"));

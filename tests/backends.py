@@ -32,7 +32,7 @@ OPERATORS = (
     "pooled_linear_cross_entropy",
     "pooled_linear_cross_entropy_backward",
 )
-_libraries: list[torch.library.Library] = []
+_libraries: dict[str, torch.library.Library] = {}  # by backend
 
 
 def build(target: str = "layerwise_simt") -> Path:
@@ -58,8 +58,9 @@ def _run(command: list[str]) -> None:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
 
 
-def installed() -> bool:
-    return bool(_libraries)
+def installed() -> str | None:
+    """The backend whose operators are in the place of the CPU's."""
+    return next(iter(_libraries), None)
 
 
 def install(backend: str) -> None:
@@ -77,7 +78,7 @@ def install(backend: str) -> None:
         for name in OPERATORS:
             kernel = _on_device(name) if backend == "cuda" else getattr(torch.ops.layerwise_simt, name).default
             library.impl(name, kernel, "CPU", allow_override=True)
-    _libraries.append(library)  # it would take its kernels back when it is freed
+    _libraries[backend] = library  # it would take its kernels back when it is freed
 
 
 def _copy(t: Any, device: str) -> Any:

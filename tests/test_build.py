@@ -101,7 +101,9 @@ def test_cuda_on_with_an_unsuitable_host_compiler_fails(tmp_path):
 def test_cuda_auto_without_nvcc_builds_for_the_cpu(tmp_path):
     result = configure(tmp_path, "-DCMAKE_IGNORE_PATH=" + ";".join(folders_with_nvcc()))
     assert result.returncode == 0, result.stdout
-    assert 'kCuda = "not in, because nvcc was not found"' in (tmp_path / "build_info.h").read_text()
+    info = (tmp_path / "build_info.h").read_text()
+    assert 'kCuda = "not in, because nvcc was not found"' in info
+    assert 'kCutlass = "not in, because there are no CUDA kernels in the build"' in info
 
 
 @needs_build_tools
@@ -109,6 +111,38 @@ def test_cuda_takes_three_values(tmp_path):
     result = configure(tmp_path, "-DLAYERWISE_CUDA=maybe")
     assert result.returncode != 0
     assert "LAYERWISE_CUDA must be AUTO, ON or OFF, got 'maybe'" in result.stdout
+
+
+@needs_build_tools
+def test_cutlass_takes_three_values(tmp_path):
+    result = configure(tmp_path, "-DLAYERWISE_CUDA=OFF", "-DLAYERWISE_CUTLASS=maybe")
+    assert result.returncode != 0
+    assert "LAYERWISE_CUTLASS must be AUTO, ON or OFF, got 'maybe'" in result.stdout
+
+
+@needs_build_tools
+def test_cutlass_on_without_cuda_fails(tmp_path):
+    result = configure(tmp_path, "-DLAYERWISE_CUDA=OFF", "-DLAYERWISE_CUTLASS=ON")
+    assert result.returncode != 0
+    assert "there are no CUDA kernels in the build. Build with LAYERWISE_CUDA=ON" in result.stdout
+
+
+@needs_build_tools
+@pytest.mark.skipif(not folders_with_nvcc(), reason="nvcc (the CUDA toolkit) was not found")
+@pytest.mark.parametrize(
+    ("architectures", "message"),
+    [
+        ("90a-real", "nvidia-cutlass was not found by .*pip install --no-deps nvidia-cutlass"),
+        ("80-real;90-virtual", "sm_90a, which is not among the architectures .*Add 90a-real"),
+    ],
+)
+def test_cutlass_on_that_cannot_be_met_fails(tmp_path, architectures, message):
+    (tmp_path / "cutlass_library").mkdir()  # found before an installed one, and without headers
+    (tmp_path / "cutlass_library/__init__.py").touch()
+    options = ["-DLAYERWISE_CUDA=ON", "-DLAYERWISE_CUTLASS=ON", f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"]
+    result = configure(tmp_path / "build", *options, PYTHONPATH=str(tmp_path))
+    assert result.returncode != 0
+    assert re.search(message, result.stdout), result.stdout
 
 
 # -- What was built ----------------------------------------------------------------------------------------------------
@@ -138,6 +172,7 @@ def test_info_says_what_was_built_and_why_cuda_is_or_is_not_in():
     assert facts["torch"].startswith(torch.__version__)
     assert "portable" in facts["CPU kernels"]
     assert re.match("nvcc [0-9.]+ for [0-9]|not in, because ", facts["CUDA kernels"])
+    assert re.match("[0-9.]+, convolutions for sm_90a|not in, because ", facts["CUTLASS"])
     result = subprocess.run([sys.executable, "-m", "layerwise_ext", "info"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == _info.report()

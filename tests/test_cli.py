@@ -175,5 +175,5 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["info"]) == 0
     text = capsys.readouterr().out
-    for name in ("torch", "CPU kernels", "CUDA kernels"):
+    for name in ("torch", "CPU kernels", "CUDA kernels", "CUTLASS"):
         assert f"{name}:" in text

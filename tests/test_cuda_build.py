@@ -5,10 +5,12 @@ Needs nvcc. The build is a folder of its own, so that only what changed is compi
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -21,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = [os.environ.get("CUDA_HOME", "") + "/bin", "/usr/local/cuda/bin"]  # as cmake/DetectCuda.cmake
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc", path=os.pathsep.join([os.environ["PATH"], *FOLDERS]))
 MOST_SECONDS = 360.0
+CUTLASS = importlib.util.find_spec("cutlass_library")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc (the CUDA toolkit) was not found")
 
 
@@ -30,10 +33,16 @@ def cmake(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["cmake", *arguments], capture_output=True, text=True, check=False, env=environment)
 
 
+def output_of(program: Path) -> str:
+    result = subprocess.run([program], capture_output=True, text=True)
+    return result.stdout + result.stderr
+
+
 @needs_nvcc
 def test_every_kernel_compiles_without_spills() -> None:
     folder = str(ROOT / "build" / "cuda")
     options = ["-DLAYERWISE_CUDA=ON", "-DLAYERWISE_STRICT=ON", f"-DPython_EXECUTABLE={sys.executable}"]
+    options.append("-DLAYERWISE_CUTLASS=OFF")  # a test of its own
     configured = cmake("-S", str(ROOT), "-B", folder, "-G", "Ninja", *options)
     assert configured.returncode == 0, configured.stdout + configured.stderr
     start = time.monotonic()
@@ -71,3 +80,40 @@ def test_kernels_are_in_the_build_whatever_torch_has() -> None:
         pytest.skip("built with LAYERWISE_CUDA=OFF")
     for name in backends.OPERATORS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"layerwise_ext::{name}", "CUDA"), name
+
+
+@needs_nvcc
+@pytest.mark.skipif(CUTLASS is None, reason="the package nvidia-cutlass is not installed")
+def test_the_convolutions_of_cutlass_compile_without_spills_and_import(tmp_path: Path) -> None:
+    """A whole build with them: it says what they can do, and is imported, without a device."""
+    folder = ROOT / "build" / "cutlass"
+    options = ["-DLAYERWISE_CUDA=ON", "-DLAYERWISE_CUTLASS=ON", "-DCMAKE_CUDA_ARCHITECTURES=90a-real"]
+    options += ["-DLAYERWISE_STRICT=ON", f"-DPython_EXECUTABLE={sys.executable}"]
+    configured = cmake("-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *options)
+    assert configured.returncode == 0, configured.stdout + configured.stderr
+    built = cmake("--build", str(folder))
+    assert built.returncode == 0, built.stdout[-6000:] + built.stderr
+
+    objects = sorted(folder.glob("CMakeFiles/cutlass_kernels.dir/csrc/cuda/cutlass/*.o"))
+    compile_with = [NVCC, "-std=c++20", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([*compile_with, ROOT / "tests/fused_plans.cpp", *objects, "-o", tmp_path / "plans"], check=True)
+    assert output_of(tmp_path / "plans") == "6 kernels correct\n"
+
+    source = Path(CUTLASS.submodule_search_locations[0]) / "source"
+    compile_with += ["-arch=sm_90a", "--expt-relaxed-constexpr"]
+    compile_with += ["-isystem", source / "include", "-isystem", source / "tools/util/include"]
+    subprocess.run([*compile_with, ROOT / "tests/pixel_sums.cu", "-o", tmp_path / "pixel_sums"], check=True)
+    assert output_of(tmp_path / "pixel_sums") == "correct\n"
+
+    package = shutil.copytree(ROOT / "python" / "layerwise_ext", tmp_path / "layerwise_ext")
+    for library in package.glob("_C.*.so"):  # of an editable installation
+        library.unlink()
+    (library,) = folder.glob("_C.*.so")
+    shutil.copy(library, package)
+    path = os.pathsep.join([str(tmp_path), sysconfig.get_path("purelib")])  # -S: before an editable installation
+    code = "import layerwise_ext; print(layerwise_ext._ops._C.build_info()['CUTLASS'])"
+    imported = subprocess.run(
+        [sys.executable, "-S", "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert imported.returncode == 0, imported.stderr
+    assert imported.stdout.endswith("convolutions for sm_90a\n")

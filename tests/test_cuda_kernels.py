@@ -12,7 +12,7 @@ from layerwise_ext import functional, reference
 from operator_cases import DTYPES, LAYOUTS, check, quarters
 from torch import Tensor
 
-pytestmark = pytest.mark.skipif(not backends.installed(), reason="for --backend=simt and --backend=cuda")
+pytestmark = pytest.mark.skipif(backends.installed() is None, reason="for --backend=simt and --backend=cuda")
 
 # N, C, H, W, bins: a cell for a warp and for a whole block, channels in several pieces, accesses of 16 bytes and not
 SHAPES = {

@@ -198,7 +198,7 @@ M1, WEIGHT, TARGET = torch.ones(4, 6, 2, 2), torch.ones(5, 24), torch.zeros(4, d
     ({"label_smoothing": 1.5}, "label_smoothing must lie between 0 and 1, got 1.5"),
 ])  # fmt: skip
 def test_bad_input(change: dict[str, Any], message: str) -> None:
-    if "range" in message and backends.installed() and torch.cuda.is_available():
+    if "range" in message and backends.installed() == "cuda":
         pytest.skip("a device-side assertion ends the process's use of the device")
     arguments = {"m1": M1, "weight": WEIGHT, "bias": None, "target": TARGET, "size": (4, 4)} | change
     with pytest.raises(RuntimeError, match=message):

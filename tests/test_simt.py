@@ -43,3 +43,8 @@ def test_the_sanitizer_sees_the_kernels() -> None:
     result = planted("edge of global memory")
     assert result.returncode != 0
     assert "heap-buffer-overflow" in result.stderr and "planted.cpp" in result.stderr
+
+
+def test_statistics_from_the_sums_of_tiles() -> None:
+    result = subprocess.run([backends.build("tile_sums") / "tile_sums"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0 and result.stdout == "correct\n", result.stdout + result.stderr

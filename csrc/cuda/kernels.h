@@ -38,6 +38,17 @@ struct Statistics {
 int64_t statistics_partials(const Map& map);
 void statistics(const Statistics& p, Stream stream);
 
+// Mean and variance from sums over tiles of pixels (fused_convolution.h).
+struct TileSums {
+  int64_t rows, channels, tiles;
+  int64_t row_stride;  // from one tile to the next
+  const float* sums;  // [tiles, row_stride] of z
+  const float* squares;  // of z * z
+  float* mean;  // [C]
+  float* var;  // [C], biased
+};
+void combine_tile_sums(const TileSums& p, Stream stream);
+
 struct Apply {
   Map map;
   int64_t bins_h, bins_w;

@@ -1,6 +1,7 @@
 // Batch statistics: every block finds mean and M2 (the sum of squared deviations) of some pixels, then one warp per
-// channel combines the blocks in a fixed order (Chan, Golub, LeVeque 1983).  No sum of squares about zero is ever formed,
-// so a mean much larger than the deviation does not cancel.
+// channel combines the blocks in a fixed order (Chan, Golub, LeVeque 1983).  No sum of squares about zero is formed here,
+// so a mean much larger than the deviation does not cancel; what comes from a convolution that summed on its own are
+// sums over single tiles.
 #include "common.h"
 
 namespace layerwise::cuda {
@@ -102,6 +103,39 @@ __global__ void __launch_bounds__(kThreads) combine_statistics(Statistics p, Cut
   static_cast<A*>(p.var)[c] = static_cast<A>(var < 0 ? 0 : var);
 }
 
+constexpr int kTileChannels = 8;  // neighbouring ones, 32 bytes, that a block combines
+
+// In double the squares do not cancel; each is the sum of one tile, whose float32 is more precise than the elements of z.
+__global__ void __launch_bounds__(kThreads) combine_tiles(TileSums p) {
+  LAYERWISE_SHARED(double, shared, 2 * kWarps * kTileChannels);
+  const Lane lane = lane_of(threadIdx.x, kTileChannels);
+  const int warp = threadIdx.x / kWarp;
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * kTileChannels + lane.x;
+  double sum = 0, square = 0;
+  if (c < p.channels) {
+#pragma unroll 8
+    for (int64_t t = warp * lane.rows + lane.row; t < p.tiles; t += kWarps * lane.rows) {
+      sum += p.sums[t * p.row_stride + c];
+      square += p.squares[t * p.row_stride + c];
+    }
+  }
+  sum = sum_over_rows(sum, kTileChannels);
+  square = sum_over_rows(square, kTileChannels);
+  if (lane.row == 0) {
+    shared[warp * kTileChannels + lane.x] = sum;
+    shared[(kWarps + warp) * kTileChannels + lane.x] = square;
+  }
+  __syncthreads();
+  if (warp != 0 || lane.row != 0 || c >= p.channels) return;
+  for (int w = 1; w < kWarps; ++w) {
+    sum += shared[w * kTileChannels + lane.x];
+    square += shared[(kWarps + w) * kTileChannels + lane.x];
+  }
+  const double rows = static_cast<double>(p.rows), mean = sum / rows, var = square / rows - mean * mean;
+  p.mean[c] = static_cast<float>(mean);
+  p.var[c] = static_cast<float>(var < 0 ? 0 : var);
+}
+
 template <class A>
 __global__ void __launch_bounds__(kThreads) update_statistics(RunningStatistics p) {
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -135,6 +169,10 @@ void statistics(const Statistics& given, Stream stream) {
     launch(combine_statistics<double>, blocks, kThreads, stream, p, pixels);
   else
     launch(combine_statistics<float>, blocks, kThreads, stream, p, pixels);
+}
+
+void combine_tile_sums(const TileSums& p, Stream stream) {
+  launch(combine_tiles, (p.channels + kTileChannels - 1) / kTileChannels, kThreads, stream, p);
 }
 
 void update_running_statistics(const RunningStatistics& p, Stream stream) {

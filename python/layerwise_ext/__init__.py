@@ -14,11 +14,12 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-from layerwise_ext import functional, models, nn, train
+from layerwise_ext import autotune, functional, models, nn, train
 from layerwise_ext._ops import cache_limit, cached_bytes, empty_cache, set_cache_limit
 
 __all__ = [
     "__version__",
+    "autotune",
     "cache_limit",
     "cached_bytes",
     "empty_cache",

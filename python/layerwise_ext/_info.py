@@ -27,6 +27,7 @@ def collect() -> dict[str, str]:
         "CPU threads": str(torch.get_num_threads()),
         "activation cache": f"at most {_C.cache_limit() / 2**20:.0f} MiB, now {_C.cached_bytes() / 2**20:.0f} MiB",
         "CUDA kernels": built["CUDA kernels"],
+        "CUTLASS": built["CUTLASS"],
         "CUDA in torch": torch.version.cuda or "no",
     }
 

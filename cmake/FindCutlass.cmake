@@ -1,0 +1,42 @@
+# Whether the convolutions of CUTLASS go into the build, and why not: LAYERWISE_CUTLASS_STATUS for people,
+# LAYERWISE_WITH_CUTLASS for the build.  The headers are those of the package nvidia-cutlass, asked of the interpreter;
+# nothing of it is imported.
+
+if(NOT LAYERWISE_CUTLASS MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "LAYERWISE_CUTLASS must be AUTO, ON or OFF, got '${LAYERWISE_CUTLASS}'")
+endif()
+
+set(LAYERWISE_WITH_CUTLASS OFF)
+if(LAYERWISE_CUTLASS STREQUAL "OFF")
+  set(LAYERWISE_CUTLASS_STATUS "not in, because LAYERWISE_CUTLASS=OFF")
+else()
+  set(find "s = importlib.util.find_spec('cutlass_library'); print(s.submodule_search_locations[0] if s else '')")
+  execute_process(
+    COMMAND ${Python_EXECUTABLE} -c "import importlib.util; ${find}"
+    OUTPUT_VARIABLE cutlass_dir OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
+  set(include_dir ${cutlass_dir}/source/include)
+  set(CUTLASS_INCLUDE_DIRS ${include_dir} ${cutlass_dir}/source/tools/util/include)
+  if(NOT LAYERWISE_WITH_CUDA)
+    set(reason "there are no CUDA kernels in the build")
+    set(remedy "Build with LAYERWISE_CUDA=ON, or with LAYERWISE_CUTLASS=OFF")
+  elseif(NOT CMAKE_CUDA_ARCHITECTURES MATCHES "(^|;)90a(-real)?(;|$)")
+    set(reason "its kernels are for sm_90a, which is not among the architectures ${architectures}")
+    set(remedy "Add 90a-real to CMAKE_CUDA_ARCHITECTURES, or build with LAYERWISE_CUTLASS=OFF")
+  elseif(NOT EXISTS ${include_dir}/cutlass/conv/collective/builders/sm90_gmma_builder.inl)
+    set(reason "the package nvidia-cutlass was not found by ${Python_EXECUTABLE}")
+    set(remedy "Only its headers are needed: pip install --no-deps nvidia-cutlass")
+  else()
+    set(LAYERWISE_WITH_CUTLASS ON)
+    file(STRINGS ${include_dir}/cutlass/version.h version_lines REGEX "^#define CUTLASS_(MAJOR|MINOR|PATCH)")
+    string(REGEX REPLACE "[^0-9;]" "" version "${version_lines}")
+    string(REPLACE ";" "." version "${version}")
+    set(LAYERWISE_CUTLASS_STATUS "${version}, convolutions for sm_90a")
+  endif()
+  if(NOT LAYERWISE_WITH_CUTLASS)
+    if(LAYERWISE_CUTLASS STREQUAL "ON")
+      message(FATAL_ERROR "LAYERWISE_CUTLASS=ON cannot be met, because ${reason}. ${remedy}.")
+    endif()
+    set(LAYERWISE_CUTLASS_STATUS "not in, because ${reason}")
+  endif()
+endif()
+message(STATUS "CUTLASS: ${LAYERWISE_CUTLASS_STATUS}")
