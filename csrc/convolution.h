@@ -43,13 +43,13 @@ inline Shape convolution_shape(const Tensor& input, const Tensor& weight, const 
 }
 
 inline Tensor convolution(const Tensor& input, const Tensor& weight, const Ints& stride, const Ints& padding,
-                          const Ints& dilation, int64_t groups) {
+                          const Ints& dilation, int64_t groups, const OptionalTensor& bias = {}) {
   using torch::headeronly::IntHeaderOnlyArrayRef;
   using torch::stable::detail::from;
   const Ints output_padding{0, 0};
   std::array<StableIValue, 9> stack{from(input),
                                     from(weight),
-                                    from(OptionalTensor()),
+                                    from(bias),
                                     from(IntHeaderOnlyArrayRef(stride)),
                                     from(IntHeaderOnlyArrayRef(padding)),
                                     from(IntHeaderOnlyArrayRef(dilation)),

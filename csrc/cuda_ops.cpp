@@ -2,6 +2,7 @@
 // step can be captured in a CUDA graph.  With LAYERWISE_SIMT the same code serves the kernels on the host, for tests.
 #include <torch/csrc/stable/library.h>
 
+#include <array>
 #include <tuple>
 
 #include "convolution.h"
@@ -170,6 +171,67 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_m
   return {y, m1, m2, sums, mean, var, z};
 }
 
+// By cuDNN as one kernel; the library of the host, in the simulator, has no such function.
+Tensor convolution_relu(const Tensor& input, const Tensor& weight, const Tensor& bias, const Ints& stride,
+                        const Ints& padding, const Ints& dilation, int64_t groups) {
+  using torch::headeronly::IntHeaderOnlyArrayRef;
+  using torch::stable::detail::from;
+  if (!input.is_cuda() || input.scalar_type() == ScalarType::Double) {
+    std::array<StableIValue, 1> stack{from(convolution(input, weight, stride, padding, dilation, groups, bias))};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::relu", "", stack.data(), TORCH_ABI_VERSION));
+    return torch::stable::detail::to<Tensor>(stack[0]);
+  }
+  std::array<StableIValue, 7> stack{from(input),
+                                    from(weight),
+                                    from(OptionalTensor(bias)),
+                                    from(IntHeaderOnlyArrayRef(stride)),
+                                    from(IntHeaderOnlyArrayRef(padding)),
+                                    from(IntHeaderOnlyArrayRef(dilation)),
+                                    from(groups)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::cudnn_convolution_relu", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// Batch norm folded into the weights by one small launch, then cuDNN's convolution with bias and ReLU in it.
+Tensor conv_bn_act_inference(Tensor input, Tensor conv_weight, OptionalTensor conv_bias, OptionalTensor weight,
+                             OptionalTensor bias, Tensor mean, Tensor var, Ints stride, Ints padding, Ints dilation,
+                             int64_t groups, double eps, std::string activation, double negative_slope) {
+  check_map("input", input, kHalf);
+  const Shape s = convolution_shape(input, conv_weight, stride, padding, dilation, groups);
+  check_channels("conv_bias", conv_bias, input, s.c);
+  check_normalization(input, s, weight, bias, mean, var, eps, {});
+  const Activation act = check_activation(activation, negative_slope);
+  if (!act.relu && act.negative_slope != 1)  // cuDNN has no other activation
+    return std::get<0>(conv_bn_act_moments(input, conv_weight, conv_bias, weight, bias, mean, var, stride, padding,
+                                           dilation, groups, eps, activation, negative_slope, {}, false));
+  const Device device(input);
+  const ScalarType dtype = input.scalar_type();
+  const bool foldable = conv_weight.scalar_type() == dtype ||
+                        (conv_weight.scalar_type() == ScalarType::Float && dtype != ScalarType::Double);
+  const Tensor typed = foldable ? conv_weight : torch::stable::to(conv_weight, dtype);
+  const bool dense = is_dense(typed, Layout::kChannelsLast) || is_dense(typed, Layout::kContiguous);
+  const Tensor plain = dense ? typed : torch::stable::contiguous(typed);
+  const Normalization normalization(input, mean, var, weight, bias, eps, act);
+  const OptionalTensor b = channel_values(conv_bias, input);
+  const Strides d = strides_of(plain);
+  Tensor folded_weight = empty_strided(input, size_of(plain), {d.n, d.c, d.h, d.w}, dtype);
+  Tensor folded_bias = empty_vector(input, s.c, dtype);
+  cuda::Fold p{};
+  p.from = map_of(plain, Layout::kContiguous).dtype;
+  p.to = map_of(input, Layout::kContiguous).dtype;
+  p.channels = s.c;
+  p.weights_per_channel = plain.numel() / s.c;
+  p.weight = plain.const_data_ptr();
+  p.conv_bias = data_or_null(b);
+  p.norm = normalization.params();
+  p.folded_weight = folded_weight.mutable_data_ptr();
+  p.folded_bias = folded_bias.mutable_data_ptr();
+  cuda::fold(p, device.stream());
+  return act.relu ? convolution_relu(input, folded_weight, folded_bias, stride, padding, dilation, groups)
+                  : convolution(input, folded_weight, stride, padding, dilation, groups, folded_bias);
+}
+
 std::tuple<Tensor, Tensor> bn_act_moments_backward_sums(Tensor z, OptionalTensor grad_y, OptionalTensor grad_m1,
                                                         OptionalTensor grad_m2, Tensor sums, Tensor mean, Tensor var,
                                                         OptionalTensor weight, OptionalTensor bias, double eps,
@@ -309,6 +371,7 @@ LAYERWISE_CUDA_OPERATORS(m) {
   m.impl("batch_norm_statistics", TORCH_BOX(&batch_norm_statistics));
   m.impl("bn_act_moments", TORCH_BOX(&bn_act_moments));
   m.impl("conv_bn_act_moments", TORCH_BOX(&conv_bn_act_moments));
+  m.impl("conv_bn_act_inference", TORCH_BOX(&conv_bn_act_inference));
   m.impl("bn_act_moments_backward_sums", TORCH_BOX(&bn_act_moments_backward_sums));
   m.impl("bn_act_moments_backward", TORCH_BOX(&bn_act_moments_backward));
   m.impl("conv_bn_act_moments_backward", TORCH_BOX(&ConvBackward::call));

@@ -232,6 +232,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_m
   return {y, m1, m2, sums, channel_tensor(map, statistics.mean), channel_tensor(map, statistics.var), map};
 }
 
+Tensor conv_bn_act_inference(Tensor input, Tensor conv_weight, OptionalTensor conv_bias, OptionalTensor weight,
+                             OptionalTensor bias, Tensor mean, Tensor var, Ints stride, Ints padding, Ints dilation,
+                             int64_t groups, double eps, std::string activation, double negative_slope) {
+  return std::get<0>(conv_bn_act_moments(input, conv_weight, conv_bias, weight, bias, mean, var, stride, padding,
+                                         dilation, groups, eps, activation, negative_slope, {}, false));
+}
+
 // -- Backward -----------------------------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor> bn_act_moments_backward_sums(Tensor z, OptionalTensor grad_y, OptionalTensor grad_m1,
@@ -449,6 +456,7 @@ STABLE_TORCH_LIBRARY_IMPL(layerwise_ext, CPU, m) {
   m.impl("batch_norm_statistics", TORCH_BOX(&batch_norm_statistics));
   m.impl("bn_act_moments", TORCH_BOX(&bn_act_moments));
   m.impl("conv_bn_act_moments", TORCH_BOX(&conv_bn_act_moments));
+  m.impl("conv_bn_act_inference", TORCH_BOX(&conv_bn_act_inference));
   m.impl("bn_act_moments_backward_sums", TORCH_BOX(&bn_act_moments_backward_sums));
   m.impl("bn_act_moments_backward", TORCH_BOX(&bn_act_moments_backward));
   m.impl("conv_bn_act_moments_backward", TORCH_BOX(&ConvBackward::call));

@@ -24,6 +24,11 @@ void define_operators(Library& m) {
       "Tensor? mean, Tensor? var, int[] stride, int[] padding, int[] dilation, int groups, float eps, str activation, "
       "float negative_slope, int[] bins, bool second_moment) -> (Tensor y, Tensor m1, Tensor m2, Tensor sums, "
       "Tensor mean_z, Tensor var_z, Tensor z)");
+  // The activation alone, with fixed statistics and without a gradient.
+  m.def(
+      "conv_bn_act_inference(Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor? weight, Tensor? bias, "
+      "Tensor mean, Tensor var, int[] stride, int[] padding, int[] dilation, int groups, float eps, str activation, "
+      "float negative_slope) -> Tensor");
   m.def(
       "bn_act_moments_backward_sums(Tensor z, Tensor? grad_y, Tensor? grad_m1, Tensor? grad_m2, Tensor sums, Tensor mean, "
       "Tensor var, Tensor? weight, Tensor? bias, float eps, str activation, float negative_slope, int[] bins) -> "

@@ -24,6 +24,7 @@ OPERATORS = (
     "batch_norm_statistics",
     "bn_act_moments",
     "conv_bn_act_moments",
+    "conv_bn_act_inference",
     "bn_act_moments_backward_sums",
     "bn_act_moments_backward",
     "conv_bn_act_moments_backward",

@@ -165,3 +165,47 @@ def test_half_precision_autocast_is_bfloat16() -> None:
     assert y.dtype == torch.bfloat16 and m1.dtype == torch.float32
     m1.sum().backward()
     assert w.grad is not None and w.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [
+    {"padding": 1},
+    {"stride": 2, "padding": 1, "activation": "leaky_relu"},
+    {"groups": 2, "activation": "identity"},
+    {"dilation": 2, "padding": 2, "affine": False},
+], ids=str)  # fmt: skip
+def test_inference(options: dict[str, Any], dtype: str, layout: str) -> None:
+    """Without a gradient to keep, batch norm may be folded into the weights: within roundings of what it replaces."""
+    options = dict(options)
+    g = torch.Generator().manual_seed(0)
+    x = quarters(3, 16, 9, 10, generator=g).contiguous(memory_format=LAYOUTS[layout])
+    w = quarters(24, 16 // options.get("groups", 1), 3, 3, generator=g)
+    conv_bias = quarters(24, generator=g)
+    p = parameters(24, g, affine=options.pop("affine", True))
+    peer_options = {key: value for key, value in options.items() if key != "activation"}
+
+    def convert(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.to(DTYPES[dtype])
+
+    def peer(kind: torch.dtype) -> Tensor:
+        low = [t.to(kind) for t in (x, w, conv_bias)]
+        z = F.conv2d(*low, **peer_options)
+        rest = [None if p[name] is None else p[name].to(torch.promote_types(kind, torch.float32))
+                for name in ("running_mean", "running_var", "weight", "bias")]  # fmt: skip
+        y = F.batch_norm(z, *rest, False, 0.0, 1e-3)
+        return {"relu": F.relu, "leaky_relu": lambda t: F.leaky_relu(t, 0.01), "identity": lambda t: t}[
+            options.get("activation", "relu")
+        ](y)
+
+    norm = [p[name] for name in ("running_mean", "running_var", "weight", "bias")]
+    with torch.no_grad():
+        y, kept = (
+            functional.conv_bn_act(convert(x), weight, convert(conv_bias), *norm, eps=1e-3, **options)
+            for weight in (convert(w), convert(w).requires_grad_())
+        )
+    scale = (p["running_var"] + 1e-3).rsqrt() * (1 if p["weight"] is None else p["weight"].abs())
+    terms = (F.conv2d(x.abs(), w.abs(), conv_bias.abs(), **peer_options) * scale[:, None, None]).max().item()
+    exact = peer(torch.float64)
+    check("y", y, exact, peer(DTYPES[dtype]), terms)
+    assert torch.equal(y, kept)  # no_grad decides, not the parameters

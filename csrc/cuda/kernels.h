@@ -112,6 +112,19 @@ struct RunningStatistics {
 };
 void update_running_statistics(const RunningStatistics& p, Stream stream);
 
+// Batch norm with fixed statistics, folded into the convolution before it: w' = scale * w, b' = beta + scale * (b - mean)
+// with scale = gamma*rstd.  Written in the type of the maps.
+struct Fold {
+  DType from, to;  // equal, or float32 to a half type
+  int64_t channels, weights_per_channel;
+  const void* weight;  // channels outermost, the rest in any dense order, which the result has, too
+  const void* conv_bias;  // [C] of A, or null
+  Norm norm;  // float32, or float64 for float64 maps
+  void* folded_weight;
+  void* folded_bias;
+};
+void fold(const Fold& p, Stream stream);
+
 // Average pooling from sums over cells, a linear classifier and cross-entropy (functional.pooled_linear_cross_entropy).
 struct Head {
   DType dtype;  // float32 or float64, of all arrays

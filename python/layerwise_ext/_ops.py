@@ -101,6 +101,14 @@ def _(
     return (*_fake_outputs(z, bins, second_moment), z)
 
 
+@torch.library.register_fake("layerwise_ext::conv_bn_act_inference")
+def _(input, conv_weight, conv_bias, weight, bias, mean, var, stride, padding, dilation, groups, *form):
+    _check_devices(input, conv_weight=conv_weight, conv_bias=conv_bias)
+    _check_devices(input, weight=weight, bias=bias, running_mean=mean, running_var=var)
+    y = _aten.convolution(input, conv_weight.to(input.dtype), None, stride, padding, dilation, False, [0, 0], groups)
+    return _empty_map(y, list(y.shape), _is_channels_last(y), y.dtype)
+
+
 @torch.library.register_fake("layerwise_ext::bn_act_moments_backward_sums")
 def _(z, grad_y, grad_m1, grad_m2, sums, *args):
     return tuple(z.new_empty(z.size(1), dtype=_accumulation_dtype(z)) for _ in range(2))

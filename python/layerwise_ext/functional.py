@@ -251,6 +251,10 @@ def pooled_linear_cross_entropy(
     return loss, logits
 
 
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def _conv_bn_act_moments(
     input: Tensor,
     conv_weight: Tensor,
@@ -281,10 +285,14 @@ def _conv_bn_act_moments(
         input = input.to(torch.get_autocast_dtype(device))
     elif conv_weight.dtype != input.dtype:
         raise TypeError(f"conv_weight must have the dtype of input, {input.dtype}, got {conv_weight.dtype}")
+    convolution, form = (stride, padding, dilation, groups), (eps, activation, negative_slope)
+    tensors = (input, conv_weight, conv_bias, weight, bias)
+    if not (training or bins or _needs_gradient(*tensors)):
+        y = _lib.conv_bn_act_inference(*tensors, running_mean, running_var, *convolution, *form)
+        return ActivationMoments(y, cast(Tensor, None), cast(Tensor, None))
     mean, var = (None, None) if training else (running_mean, running_var)
     y, m1, m2, _, mean_z, var_z, _ = _lib.conv_bn_act_moments(
-        input, conv_weight, conv_bias, weight, bias, mean, var,
-        stride, padding, dilation, groups, eps, activation, negative_slope, bins, second_moment,
+        *tensors, mean, var, *convolution, *form, bins, second_moment,
     )  # fmt: skip
     if training and running_mean is not None:
         count = y.numel() // y.size(1)
