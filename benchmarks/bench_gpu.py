@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import layerwise_ext as lw
 import torch
 import torch._dynamo
 from bench_stage import DisagreementError, agreement
@@ -25,6 +28,7 @@ from peers import COMPILE, DTYPES, EAGER, OURS, Row, TrainingStep, inputs, train
 
 MAX_AUTOTUNE = f"{COMPILE}:max-autotune"
 OURS_CAPTURED, EAGER_CAPTURED = f"{OURS}, captured", f"{EAGER}, captured"
+OURS_GRAPH = f"{OURS}, cuda_graph"  # LocalStage(..., cuda_graph=True): replay and loss.backward()
 
 # The rows of bench_stage.py with larger batches, and shapes of ImageNet networks.
 ROWS = (
@@ -127,10 +131,16 @@ def peak_bytes(step: TrainingStep) -> int:
 def measure_row(row: Row, dtype: str, names: Sequence[str]) -> dict[str, Any]:
     torch._dynamo.reset()
     data = inputs(row, DTYPES[dtype], device="cuda")
-    training = {name: training_step(name, row, DTYPES[dtype], *data) for name in names if "captured" not in name}
+    training = {
+        name: training_step(OURS if name == OURS_GRAPH else name, row, DTYPES[dtype], *data)
+        for name in names
+        if "captured" not in name
+    }
+    if OURS_GRAPH in training:
+        training[OURS_GRAPH].module.stage.cuda_graph = True
     difference = agreement(training[OURS], training[EAGER], row, dtype)
-    # Not of max-autotune: it keeps its memory in graphs.
-    peaks = {name: peak_bytes(step) for name, step in training.items() if name != MAX_AUTOTUNE}
+    # Not of those that keep their memory in graphs.
+    peaks = {name: peak_bytes(step) for name, step in training.items() if name not in (MAX_AUTOTUNE, OURS_GRAPH)}
     steps: dict[str, TrainingStep | Captured] = dict(training)
     for captured, source in ((OURS_CAPTURED, OURS), (EAGER_CAPTURED, EAGER)):
         if captured in names:
@@ -146,7 +156,7 @@ def measure_row(row: Row, dtype: str, names: Sequence[str]) -> dict[str, Any]:
         "ratio_captured": {
             name: ratios(times[name], times[OURS_CAPTURED]).as_dict()
             for name in times
-            if OURS_CAPTURED in times and name not in (OURS, OURS_CAPTURED)
+            if OURS_CAPTURED in times and name not in (OURS, OURS_GRAPH, OURS_CAPTURED)
         },
         "peak_bytes": peaks,
     }
@@ -181,16 +191,22 @@ def kernel_runs(dtype: torch.dtype) -> tuple[int, dict[str, tuple[int, Callable[
     operators = torch.ops.layerwise_ext
     n, c, size, bins = 256, 256, 64, 4
     z = torch.randn(n, c, size, size, device="cuda", dtype=dtype).contiguous(memory_format=torch.channels_last)
+    grad_y = torch.randn_like(z)
     one, zero = torch.ones(c, device="cuda"), torch.zeros(c, device="cuda")
     p = torch.randn(n, c, bins, bins, device="cuda").contiguous(memory_format=torch.channels_last)
     form = (1e-5, "relu", 0.0, [bins, bins])
     given = (one, zero, zero, one)  # weight, bias, mean, var
-    gradient = (z, None, p, None, zero, zero, zero, one, one, zero, *form, 1e6)
+    normalization = (zero, one, one, zero, *form)  # mean, var, weight, bias
+    gradient = (z, None, p, None, zero, zero, *normalization, 1e6)
+    dense_sums = (z, grad_y, None, None, zero, *normalization)
+    dense_gradient = (z, grad_y, None, None, zero, zero, *normalization, 1e6)
     return z.numel() * z.element_size(), {
         "statistics": (1, lambda: operators.batch_norm_statistics(z)),
         "apply, m1": (2, lambda: operators.bn_act_moments(z, *given, *form, False)),
         "apply, m1 and m2": (2, lambda: operators.bn_act_moments(z, *given, *form, True)),
         "input gradient": (2, lambda: operators.bn_act_moments_backward(*gradient)),
+        "dense sums": (2, lambda: operators.bn_act_moments_backward_sums(*dense_sums)),
+        "input gradient, dense": (3, lambda: operators.bn_act_moments_backward(*dense_gradient)),
     }
 
 
@@ -228,15 +244,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"])
     parser.add_argument("--rows", nargs="+", type=Row.parse, default=ROWS)
     parser.add_argument("--no-max-autotune", dest="max_autotune", action="store_false", help="it compiles for minutes")
+    parser.add_argument("--autotune", action="store_true", help="let the autotuner choose convolutions")
     parser.add_argument("--output", type=Path, default=RESULTS / "bench_stage-gpu.json")
+    parser.add_argument("--budget", type=float, default=380.0, help="seconds after which no further row is compiled")
     arguments = parser.parse_args(argv)
+    start = time.monotonic()
     if not torch.cuda.is_available():
         parser.error("no CUDA device: this benchmark needs one")
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = "fp32" not in arguments.dtypes  # else fp32 is not float32
-    names = [OURS, EAGER, COMPILE, OURS_CAPTURED, EAGER_CAPTURED]
-    if arguments.max_autotune:
-        names.append(MAX_AUTOTUNE)
+    if arguments.autotune:
+        lw.autotune.enable()
+    names = [OURS, EAGER, COMPILE, OURS_GRAPH, OURS_CAPTURED, EAGER_CAPTURED]
     result = {"benchmark": "bench_gpu", **environment()}
     result["machine"]["gpu"] = torch.cuda.get_device_name()
     result["versions"]["cuda"] = torch.version.cuda
@@ -245,16 +264,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     print({name: f"{value:.3g}" for name, value in result["ceilings"].items()}, flush=True)
     result["kernels"] = measure_kernels(result["ceilings"]["copy_bytes_per_second"])
     result["rows"], failed = [], False
-    for row in arguments.rows:
-        for dtype in arguments.dtypes:
-            try:
-                result["rows"].append(measure_row(row, dtype, names))
-            except DisagreementError as error:
-                print(f"error: {error}", file=sys.stderr)
-                failed = True
-                continue
-            print_row(result["rows"][-1])
-            write_json(arguments.output, {**result, "summary": summarise(result["rows"])})  # what there is so far
+    for row, dtype in itertools.product(arguments.rows, arguments.dtypes):
+        try:
+            result["rows"].append(measure_row(row, dtype, names))
+        except DisagreementError as error:
+            print(f"error: {error}", file=sys.stderr)
+            failed = True
+            continue
+        print_row(result["rows"][-1])
+        result["autotuned"] = lw.autotune.choices()
+        write_json(arguments.output, {**result, "summary": summarise(result["rows"])})  # what there is so far
+    # Last, because it compiles for up to a minute per row: as many rows as there is time for.
+    for entry in result["rows"] if arguments.max_autotune else []:
+        row = Row(**entry["row"])
+        if time.monotonic() - start > arguments.budget:
+            print(f"{MAX_AUTOTUNE}: no time for the rows from {row} on; --budget SECONDS")
+            break
+        more = measure_row(row, entry["dtype"], [OURS, EAGER, MAX_AUTOTUNE])
+        for field in ("milliseconds", "ratio"):
+            entry[field][MAX_AUTOTUNE] = more[field][MAX_AUTOTUNE]
+        print(f"{entry['dtype']} {row!s:28} {MAX_AUTOTUNE}: {entry['ratio'][MAX_AUTOTUNE]['median']:.2f}x", flush=True)
+        write_json(arguments.output, {**result, "summary": summarise(result["rows"])})
     for name, value in (summarise(result["rows"]) if result["rows"] else {}).items():
         print(f"{name}: geometric mean {value['geometric_mean']:.2f}, worst {value['worst']:.2f}")
     print(f"targets: {TARGETS}\nwritten: {arguments.output}")

@@ -2,7 +2,8 @@
 # Builds, tests and measures on a machine with a GPU, a CUDA build of torch and nvcc; nothing is downloaded.
 #   bash benchmarks/run_gpu.sh [--only STAGE,STAGE...] [--python PYTHON] [-- ARGUMENT OF bench_gpu.py ...]
 # Stages: build, table (the operator tests on the device), sanitize (compute-sanitizer on a small table), graph (streams,
-# capture), bench.  All of them run, each within its time; the exit status says whether one failed.
+# capture, CUTLASS), bench, and, asked for by name, autotune (bench once more, with the autotuner's choices; for builds
+# with CUTLASS).  Each stage runs within its time; the exit status says whether one failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 stages=build,table,sanitize,graph,bench
@@ -58,6 +59,10 @@ if wants table; then
 fi
 if wants graph; then test graph 120 tests/test_cuda_device.py; fi
 if wants bench; then stage bench 420 "$python" benchmarks/bench_gpu.py "$@"; fi
+if wants autotune; then
+  stage autotune 300 "$python" benchmarks/bench_gpu.py --autotune --no-max-autotune \
+    --output benchmarks/results/bench_stage-gpu-autotuned.json "$@"
+fi
 if wants sanitize; then
   # initcheck sees all kernels, or it would miss what torch's own have written.
   for tool in "memcheck --kernel-name kns=layerwise" "racecheck --kernel-name kns=layerwise" initcheck; do

@@ -7,6 +7,7 @@ import copy
 import layerwise_ext as lw
 import pytest
 import torch
+from layerwise_ext._ops import _C
 from torch import nn
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -161,6 +162,78 @@ def test_what_cannot_be_captured_says_so() -> None:
     with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"):
         step(module, *data())
     torch.cuda.synchronize()  # the device is still of use
+
+
+FUSED = [f"cutlass sm90 {tile}x64 cluster 1x1" for tile in ("128x64", "128x128", "64x128", "64x64")]
+FUSED += [f"cutlass sm90 {tile}x64 cluster 2x1" for tile in ("128x64", "128x128")]
+
+# N, C_in, C_out, size, and options: whole tiles, pixels and channels that end inside a tile, an odd number of tiles
+FUSED_CONVOLUTIONS = {
+    "whole tiles": (8, 64, 128, 16, {"padding": 1}),
+    "ragged": (3, 24, 72, 13, {"padding": 1}),
+    "one tile": (1, 8, 8, 5, {"padding": 1}),
+    "stride": (5, 32, 64, 15, {"stride": 2, "padding": 1}),
+    "dilation": (2, 64, 64, 14, {"dilation": 2, "padding": 2}),
+    "no padding": (3, 16, 192, 11, {}),
+}
+
+
+@pytest.mark.skipif(_C.build_info()["CUTLASS"].startswith("not in"), reason="a build without CUTLASS")
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="not a Hopper GPU"
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", FUSED_CONVOLUTIONS)
+@pytest.mark.parametrize("kernel", FUSED)
+def test_convolutions_that_sum(kernel: str, shape: str, dtype: torch.dtype) -> None:
+    n, c_in, c_out, size, options = FUSED_CONVOLUTIONS[shape]
+    torch.manual_seed(0)
+    x = torch.randn(n, c_in, size, size, device="cuda").to(dtype).contiguous(memory_format=torch.channels_last)
+    w = torch.randn(c_out, c_in, 3, 3, device="cuda").to(dtype).contiguous(memory_format=torch.channels_last)
+
+    def run() -> tuple[torch.Tensor, ...]:
+        mean, var = torch.zeros(c_out, device="cuda"), torch.zeros(c_out, device="cuda")
+        y = lw.functional.conv_bn_act(
+            x, w, None, mean, var, training=True, momentum=1.0, activation="identity", **options
+        )
+        return y.double(), mean.double(), var.double()
+
+    z = nn.functional.conv2d(x.double(), w.double(), **options)
+    exact_mean, exact_var = z.mean((0, 2, 3)), z.var((0, 2, 3))
+    choices = lw.autotune.choices()
+    lw.autotune.enable()
+    try:
+        lw.autotune.clear()
+        run()
+        (what,) = lw.autotune.choices()
+        _C.set_autotune_choices({what: kernel})
+        y, mean, var = run()
+        assert lw.autotune.choices() == {what: kernel}  # of this build: not measured anew
+    finally:
+        lw.autotune.disable()
+        _C.set_autotune_choices(choices)
+    rounding = torch.finfo(dtype).eps
+    expected = (z - exact_mean[:, None, None]) * (z.var((0, 2, 3), correction=0) + 1e-5).rsqrt()[:, None, None]
+    torch.testing.assert_close(y, expected, rtol=4 * rounding, atol=8 * rounding)
+    torch.testing.assert_close(mean, exact_mean, rtol=1e-5, atol=1e-5 * exact_var.max().sqrt().item())
+    torch.testing.assert_close(var, exact_var, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_inference_is_one_kernel_after_the_fold(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = lw.nn.ConvBNReLU2d(16, 32, 3, padding=1, bias=True).to("cuda", dtype).eval()
+    layer.bn.running_mean.normal_()
+    layer.bn.running_var.uniform_(0.5, 2.0)
+    layer.to(memory_format=torch.channels_last)
+    x = torch.randn(4, 16, 9, 9, device="cuda").to(dtype).contiguous(memory_format=torch.channels_last)
+    plain = nn.Sequential(*copy.deepcopy(layer).double().to_modules())
+    with torch.no_grad():
+        y = layer(x)
+        expected = plain(x.double())
+    assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(y.double(), expected, rtol=8 * rounding, atol=16 * rounding)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
