@@ -246,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-max-autotune", dest="max_autotune", action="store_false", help="it compiles for minutes")
     parser.add_argument("--autotune", action="store_true", help="let the autotuner choose convolutions")
     parser.add_argument("--output", type=Path, default=RESULTS / "bench_stage-gpu.json")
-    parser.add_argument("--budget", type=float, default=380.0, help="seconds after which no further row is compiled")
+    parser.add_argument("--budget", type=float, default=200.0, help="seconds after which no further row is compiled")
     arguments = parser.parse_args(argv)
     start = time.monotonic()
     if not torch.cuda.is_available():

@@ -27,7 +27,8 @@ struct ConvolutionWay {
 inline ConvolutionResult run_fused_convolution(int kernel, const cuda::FusedConvolution& shapes,
                                                const cuda::FusedConvolutionPlan& plan, const Tensor& input,
                                                const Tensor& weight, const Device& device) {
-  const Tensor w = is_dense(weight, Layout::kChannelsLast) ? weight : dense_copy(weight, Layout::kChannelsLast);
+  const bool readable = is_dense(weight, Layout::kChannelsLast) && is_aligned(weight);
+  const Tensor w = readable ? weight : dense_copy(weight, Layout::kChannelsLast);
   const int64_t channels = shapes.output.c;
   Tensor z = empty_map(input, shapes.output, Layout::kChannelsLast, input.scalar_type());
   Tensor sums = empty_vector(input, plan.tiles * plan.row_stride, ScalarType::Float);
@@ -57,8 +58,8 @@ inline ConvolutionResult run_fused_convolution(int kernel, const cuda::FusedConv
 inline void add_fused_convolutions(std::vector<ConvolutionWay>& ways, const Tensor& input, const Tensor& weight,
                                    const Shape& output, const Window& window, int64_t groups, const Device& device) {
   const bool half = input.scalar_type() == ScalarType::BFloat16 || input.scalar_type() == ScalarType::Half;
-  const bool aligned = reinterpret_cast<uintptr_t>(input.const_data_ptr()) % 16 == 0;
-  if (!half || groups != 1 || !aligned || input.size(1) == 1 || !is_dense(input, Layout::kChannelsLast)) return;
+  if (!half || groups != 1 || !is_aligned(input) || input.size(1) == 1 || !is_dense(input, Layout::kChannelsLast))
+    return;
   if (cuda::fused_convolution_count() == 0 || !cuda::fused_convolution_runs_here()) return;
   cuda::FusedConvolution shapes{};
   shapes.dtype = input.scalar_type() == ScalarType::Half ? DType::kFloat16 : DType::kBFloat16;

@@ -20,6 +20,9 @@
 
 namespace layerwise {
 
+// Whether kernels may read it by 16 bytes.
+inline bool is_aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
+
 #if defined(LAYERWISE_SIMT)
 struct Device {
   explicit Device(const Tensor&) {}

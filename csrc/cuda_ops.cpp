@@ -20,9 +20,6 @@ Layout layout_of(const Tensor& z) {
   return z.size(1) > 1 && z.stride(1) == 1 ? Layout::kChannelsLast : Layout::kContiguous;
 }
 
-// Whether kernels may read it by 16 bytes.
-bool is_aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
-
 // [C] in the type of the statistics, one value next to the other, aligned.
 Tensor channel_values(const Tensor& t, const Tensor& map) {
   const ScalarType dtype = accumulation_type(map.scalar_type());
@@ -171,25 +168,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_m
   return {y, m1, m2, sums, mean, var, z};
 }
 
-// By cuDNN as one kernel; the library of the host, in the simulator, has no such function.
+// By cuDNN as one kernel where it has one: not for every type and shape, and not on the host, in the simulator.
 Tensor convolution_relu(const Tensor& input, const Tensor& weight, const Tensor& bias, const Ints& stride,
                         const Ints& padding, const Ints& dilation, int64_t groups) {
   using torch::headeronly::IntHeaderOnlyArrayRef;
   using torch::stable::detail::from;
-  if (!input.is_cuda() || input.scalar_type() == ScalarType::Double) {
-    std::array<StableIValue, 1> stack{from(convolution(input, weight, stride, padding, dilation, groups, bias))};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::relu", "", stack.data(), TORCH_ABI_VERSION));
-    return torch::stable::detail::to<Tensor>(stack[0]);
+  if (input.is_cuda() && input.scalar_type() != ScalarType::Double) {
+    std::array<StableIValue, 7> stack{from(input),
+                                      from(weight),
+                                      from(OptionalTensor(bias)),
+                                      from(IntHeaderOnlyArrayRef(stride)),
+                                      from(IntHeaderOnlyArrayRef(padding)),
+                                      from(IntHeaderOnlyArrayRef(dilation)),
+                                      from(groups)};
+    if (torch_call_dispatcher("aten::cudnn_convolution_relu", "", stack.data(), TORCH_ABI_VERSION) == 0)
+      return torch::stable::detail::to<Tensor>(stack[0]);
   }
-  std::array<StableIValue, 7> stack{from(input),
-                                    from(weight),
-                                    from(OptionalTensor(bias)),
-                                    from(IntHeaderOnlyArrayRef(stride)),
-                                    from(IntHeaderOnlyArrayRef(padding)),
-                                    from(IntHeaderOnlyArrayRef(dilation)),
-                                    from(groups)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::cudnn_convolution_relu", "", stack.data(), TORCH_ABI_VERSION));
+  std::array<StableIValue, 1> stack{from(convolution(input, weight, stride, padding, dilation, groups, bias))};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::relu", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

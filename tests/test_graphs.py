@@ -94,6 +94,32 @@ def test_a_layer_that_changes_its_mode_is_captured_anew() -> None:
     torch.testing.assert_close(weights(trainer), weights(peer), **TOLERANCE)
 
 
+def test_a_checkpoint_of_captured_training_goes_on_without_graphs() -> None:
+    """Adam on a CPU refuses to be capturable."""
+    captured, plain = (trainer_for(LocalTrainer, network(), adam) for _ in range(2))
+    captured.step(*next(iter(loader())))
+    for optimizer in captured.optimizers:
+        _graphs.make_capturable(optimizer)
+    plain.load_state_dict(captured.state_dict())
+    plain.step(*next(iter(loader())))
+    assert not any(group["capturable"] for optimizer in plain.optimizers for group in optimizer.param_groups)
+
+
+def test_a_state_loaded_behind_the_trainer_is_captured_anew() -> None:
+    trainers = [trainer_for(JointTrainer, network(), cuda_graph=graph) for graph in (True, False)]
+    batch = next(iter(loader()))
+    for trainer in trainers:
+        for _ in range(5):
+            trainer.step(*batch)
+        (optimizer,) = trainer.optimizers
+        state = copy.deepcopy(optimizer.state_dict())
+        for values in state["state"].values():
+            values["momentum_buffer"].zero_()
+        optimizer.load_state_dict(state)
+        trainer.step(*batch)
+    torch.testing.assert_close(weights(trainers[0]), weights(trainers[1]), **TOLERANCE)
+
+
 def test_optimizers_are_made_capturable() -> None:
     model = network()
     optimizers = [adam(list(stage.parameters())) for stage in model]

@@ -259,8 +259,9 @@ void input_gradient(const InputGradient& p, Stream stream) {
   const Shape& s = p.map.shape;
   const double inverse = p.count > 0 ? 1 / p.count : 0;
   const int stride_h = s.h % p.bins_h == 0 ? 2 : 1, stride_w = s.w % p.bins_w == 0 ? 2 : 1;
+  const int64_t most_tasks = s.n * segment_count(p.bins_h) * segment_count(p.bins_w) * s.c;
   with_instance(
-      p.map, cells_need_64_bits(p.map),
+      p.map, cells_need_64_bits(p.map) || most_tasks > kMostOf32Bits,
       [&]<class T, class I, int V>() {
         const ChannelSplit split = split_channels(s.c, V, p.map.layout);
         const int64_t segments =

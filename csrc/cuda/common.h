@@ -314,13 +314,14 @@ inline bool aligned(const Map& map, int element_size, const Access& a) {
           a.strides.h % v == 0 && a.strides.w % v == 0 && map.shape.c % v == 0);
 }
 
+constexpr int64_t kMostOf32Bits = INT32_MAX - (1 << 20);  // a step of any walk ends below 2^31, too
+
 // For offsets, and for numbers of elements, of which an expanded map has more than its memory.
 inline bool needs_64_bits(const Map& map, const Access& a) {
   const Shape& s = map.shape;
   const int64_t last =
       (s.n - 1) * a.strides.n + (s.c - 1) * a.strides.c + (s.h - 1) * a.strides.h + (s.w - 1) * a.strides.w;
-  constexpr int64_t kMost = INT32_MAX - (1 << 20);  // a step of any walk ends below 2^31, too
-  return last > kMost || s.n * s.c * s.h * s.w > kMost;
+  return last > kMostOf32Bits || s.n * s.c * s.h * s.w > kMostOf32Bits;
 }
 inline bool cells_need_64_bits(const Map& map) { return map.shape.h > 32767 || map.shape.w > 32767; }
 

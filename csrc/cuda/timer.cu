@@ -1,3 +1,6 @@
+#include <string>
+#include <vector>
+
 #include "platform.h"
 #include "timer.h"
 

@@ -8,7 +8,7 @@ and captures again when it has changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -99,10 +99,28 @@ class CapturedFunction:
 def capture(function: Function, inputs: tuple[Tensor, ...]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
     """A graph of ``function(*inputs)``: what replays it, and its outputs."""
     graph = torch.cuda.CUDAGraph()
-    # A loader's thread may pin memory meanwhile.
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
-        outputs = function(*inputs)
+    failure: Exception | None = None
+    try:
+        # A loader's thread may pin memory meanwhile.
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+            try:
+                outputs = function(*inputs)
+            except Exception as error:
+                failure = error
+                raise
+    except Exception:
+        _recover_generator(inputs[0].device)
+        if failure is not None:
+            raise failure from None  # ending the capture has failed, too, and says less
+        raise
     return graph.replay, outputs
+
+
+def _recover_generator(device: torch.device) -> None:
+    """After a capture that failed torch's generator believes that it goes on, and refuses to draw; one that succeeds
+    ends that."""
+    with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros(1, device=device)
 
 
 def check_device(device: torch.device) -> None:
@@ -138,26 +156,39 @@ def settings_of(modules: Iterable[nn.Module]) -> Hashable:
 
 
 def settings_of_optimizer(optimizer: torch.optim.Optimizer) -> Hashable:
-    """Its hyperparameters but for those that are tensors, which a graph reads anew."""
-    return tuple(
+    """Its hyperparameters, but for those that are tensors, which a graph reads anew, and the addresses of its state."""
+    numbers = tuple(
         (name, value)
         for group in optimizer.param_groups
         for name, value in group.items()
         if name != "params" and not isinstance(value, Tensor)
     )
+    state = tuple(t.data_ptr() for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
+    return numbers, state
 
 
 def make_capturable(optimizer: torch.optim.Optimizer) -> None:
-    """Keep the number of steps on the device, in optimisers that have it (Adam and its relatives)."""
-    for group in optimizer.param_groups:
-        if "capturable" in group:
-            group["capturable"] = True
-    for parameter, state in optimizer.state.items():
-        step = state.get("step")
-        if isinstance(step, Tensor) and isinstance(parameter, Tensor):
-            state["step"] = step.to(device=parameter.device, dtype=torch.float32)
+    """Keep the number of steps on the device, in optimisers that have the option (Adam and its relatives)."""
+    set_capturable(optimizer, [True] * len(optimizer.param_groups))
     # Steps before the capture, and those of smaller batches, run without a graph on purpose.
     optimizer._warned_capturable_if_run_uncaptured = True
+
+
+def capturable(optimizer: torch.optim.Optimizer) -> list[bool]:
+    """Of each parameter group."""
+    return [bool(group.get("capturable")) for group in optimizer.param_groups]
+
+
+def set_capturable(optimizer: torch.optim.Optimizer, flags: list[bool]) -> None:
+    for group, flag in zip(optimizer.param_groups, flags, strict=True):
+        if "capturable" not in group:
+            continue
+        group["capturable"] = flag
+        for parameter in group["params"]:
+            step = optimizer.state.get(parameter, {}).get("step")
+            if isinstance(step, Tensor):
+                device = parameter.device if flag or group.get("fused") else torch.device("cpu")
+                optimizer.state[parameter]["step"] = step.to(device=device, dtype=torch.float32)
 
 
 def without_cast_cache(device: torch.device) -> AbstractContextManager[Any]:

@@ -91,13 +91,14 @@ class LocalStage(nn.Module):
 
     def _step(self, x: Tensor, target: Tensor) -> tuple[Tensor, ...]:
         """The whole step: features, loss, logits and the gradients of the parameters that the loss depends on."""
+        # Leaves of its own: those of the parameters may belong to a loss that is still alive and to another stream.
+        leaves = {name: p.detach().requires_grad_(p.requires_grad) for name, p in self.named_parameters()}
         with _graphs.without_cast_cache(x.device):
-            features, moments = self.moments(x)
-            logits, loss = self.head(moments, target)
-        loss = cast(Tensor, loss)
-        trainable = [p for p in self.parameters() if p.requires_grad]
-        gradients = torch.autograd.grad(loss, trainable, allow_unused=True)
-        self._used = [p for p, gradient in zip(trainable, gradients, strict=True) if gradient is not None]
+            names = {f"stage.{name}": leaf for name, leaf in leaves.items()}
+            features, loss, logits = torch.func.functional_call(_Step(self), names, (x, target))
+        trainable = [(p, leaves[name]) for name, p in self.named_parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(loss, [leaf for _, leaf in trainable], allow_unused=True)
+        self._used = [p for (p, _), gradient in zip(trainable, gradients, strict=True) if gradient is not None]
         return features.detach(), loss.detach(), logits.detach(), *(g for g in gradients if g is not None)
 
     def _settings(self) -> Any:
@@ -109,6 +110,19 @@ class LocalStage(nn.Module):
 
     def extra_repr(self) -> str:
         return f"detach={self.detach}" + (", cuda_graph=True" if self.cuda_graph else "")
+
+
+class _Step(nn.Module):
+    """A stage as it is without a graph."""
+
+    def __init__(self, stage: LocalStage) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def forward(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        features, moments = self.stage.moments(x)
+        logits, loss = self.stage.head(moments, target)
+        return features, cast(Tensor, loss), logits
 
 
 def _can_replay(x: Tensor) -> bool:

@@ -380,7 +380,9 @@ class Trainer(ABC):
             stage.load_state_dict(stage_state)
         # Optimisers keep the tensors they are given: without the copy, two trainers would share their moments.
         for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
+            capturable = _graphs.capturable(optimizer)  # of this trainer, whatever the one before ran on
             optimizer.load_state_dict(copy.deepcopy(optimizer_state))
+            _graphs.set_capturable(optimizer, capturable)
         self._reset_capture()
         for scheduler, scheduler_state in zip(self.schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(scheduler_state)
