@@ -29,9 +29,7 @@ std::vector<A> inverse_areas(const Shape& moments, const Ints& size) {
   std::vector<A> areas;
   for (int64_t i = 0; i < moments.h; ++i) {
     for (int64_t j = 0; j < moments.w; ++j) {
-      const int64_t rows = cell_end(i, size[0], moments.h) - cell_begin(i, size[0], moments.h);
-      const int64_t columns = cell_end(j, size[1], moments.w) - cell_begin(j, size[1], moments.w);
-      areas.push_back(A(1) / static_cast<A>(rows * columns));
+      areas.push_back(A(1) / static_cast<A>(cell_size(i, size[0], moments.h) * cell_size(j, size[1], moments.w)));
     }
   }
   return areas;

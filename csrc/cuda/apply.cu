@@ -54,18 +54,18 @@ __global__ void __launch_bounds__(kThreads, sizeof(I) == 4 ? 2 : 1)
     T* const y = static_cast<T*>(p.y) + offset_of<I>(p.y_strides, n, c, 0, 0);
     const T* const z = static_cast<const T*>(p.z) + offset_of<I>(p.z_strides, n, c, 0, 0);
     for_each_pixel<V>(
-        z, PixelWalk<I>(first, step, h_begin, w_begin, w_end), count,
-        [&](const PixelWalk<I>& at) { return offset_of<I>(p.z_strides, 0, 0, at.h, at.w); },
-        [&](A(&value)[V], const PixelWalk<I>& at) {
+        PixelWalk<I>(first, step, h_begin, w_begin, w_end), count,
+        [&](A(&values)[1][V], const PixelWalk<I>& at) {
 #pragma unroll
           for (int v = 0; v < V; ++v) {
-            const A t = value[v] - k.mean[v];
+            const A t = values[0][v] - k.mean[v];
             const Activated<A> a = activated(p.norm.activation, k.u(v, t));
-            value[v] = a.y;
+            values[0][v] = a.y;
             if constexpr (kMoments) sums.add(v, a, t);
           }
-          if (at.h >= h_own && at.w >= w_own) store<V>(y + offset_of<I>(p.y_strides, 0, 0, at.h, at.w), value);
-        });
+          if (at.h >= h_own && at.w >= w_own) store<V>(y + offset_of<I>(p.y_strides, 0, 0, at.h, at.w), values[0]);
+        },
+        Source{z, [&](const PixelWalk<I>& at) { return offset_of<I>(p.z_strides, 0, 0, at.h, at.w); }});
   }
   if constexpr (kMoments) {
     const int64_t plane = p.map.shape.n * channels * p.bins_h * p.bins_w;

@@ -94,19 +94,20 @@ __global__ void __launch_bounds__(kThreads, sizeof(I) == 4 ? kResident : 1)
         return offset_of<I>(strides, n, c, at.h - n * height, at.w);
       };
     };
-    for_each_pixel_of_two<V>(
-        static_cast<const T*>(p.z), static_cast<const T*>(p.grad_y),
+    for_each_pixel<V>(
         PixelWalk<I>(first, step, I(0), I(0), static_cast<I>(shape.w)),  // rows of all samples, one below the other
-        count, offset(p.z_strides), offset(p.grad_y_strides),
-        [&](const A(&value)[V], const A(&gradient)[V], const PixelWalk<I>&) {
+        count,
+        [&](const A(&values)[2][V], const PixelWalk<I>&) {
 #pragma unroll
           for (int v = 0; v < V; ++v) {
-            const A t = value[v] - k.mean[v];
-            const A g = activated(p.norm.activation, k.u(v, t)).slope * gradient[v];
+            const A t = values[0][v] - k.mean[v];
+            const A g = activated(p.norm.activation, k.u(v, t)).slope * values[1][v];
             dbeta[v] += g;
             dgamma[v] += g * t;
           }
-        });
+        },
+        Source{static_cast<const T*>(p.z), offset(p.z_strides)},
+        Source{static_cast<const T*>(p.grad_y), offset(p.grad_y_strides)});
     A rstd[V];
     load_rstd(p.norm, c, rstd);
 #pragma unroll
@@ -196,23 +197,24 @@ __global__ void __launch_bounds__(kThreads, sizeof(I) == 4 && !(kSecond && kDens
   };
   const T* const z = static_cast<const T*>(p.z) + start(p.z_strides);
   T* const dz = static_cast<T*>(p.dz) + start(p.dz_strides);
-  const auto form = [&](A(&value)[V], const A(&gradient)[V], const PixelWalk<I>& at) {
+  const auto form = [&](A(&values)[kDense ? 2 : 1][V], const PixelWalk<I>& at) {
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      const A t = value[v] - k.mean[v];
+      const A t = values[0][v] - k.mean[v];
       const Activated<A> a = activated(p.norm.activation, k.u(v, t));
-      const A scaled_p = kDense ? cell_p[v] + k.scale[v] * gradient[v] : cell_p[v];
+      A scaled_p = cell_p[v];
+      if constexpr (kDense) scaled_p += k.scale[v] * values[1][v];
       const A dy = kSecond ? affine_gradient(a, scaled_p, A(2) * two_q[v]) : a.slope * scaled_p;
-      value[v] = dy - (mean_dgamma[v] * t + mean_dbeta[v]);
+      values[0][v] = dy - (mean_dgamma[v] * t + mean_dbeta[v]);
     }
-    store<V>(dz + offset(p.dz_strides)(at), value);
+    store<V>(dz + offset(p.dz_strides)(at), values[0]);
   };
+  const Source of_z{z, offset(p.z_strides)};
   if constexpr (kDense) {
     const T* const grad_y = static_cast<const T*>(p.grad_y) + start(p.grad_y_strides);
-    for_each_pixel_of_two<V>(z, grad_y, walk, count, offset(p.z_strides), offset(p.grad_y_strides), form);
+    for_each_pixel<V>(walk, count, form, of_z, Source{grad_y, offset(p.grad_y_strides)});
   } else {
-    for_each_pixel<V>(z, walk, count, offset(p.z_strides),
-                      [&](A(&value)[V], const PixelWalk<I>& at) { form(value, value, at); });
+    for_each_pixel<V>(walk, count, form, of_z);
   }
 }
 

@@ -142,51 +142,36 @@ struct PixelWalk {
 // accesses of 16 bytes.
 constexpr int kAhead = 4;
 
-// use(values, walk) for `count` pixels of a walk, each loaded from source + offset(walk) some pixels ahead of its use.
-template <int V, class T, class I, class Offset, class Use>
-LAYERWISE_DEVICE void for_each_pixel(const T* source, PixelWalk<I> walk, I count, const Offset& offset,
-                                     const Use& use) {
-  PixelWalk<I> ahead = walk;
-  for (I i = 0; i < count; i += kAhead) {
-    Packed<T, V> loaded[kAhead];
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      if (i + k >= count) break;
-      loaded[k] = *reinterpret_cast<const Packed<T, V>*>(source + offset(ahead));
-      ahead.next();
-    }
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      if (i + k >= count) break;
-      Compute<T> values[V];
-      widen_all(loaded[k], values);
-      use(values, walk);
-      walk.next();
-    }
-  }
-}
+// A map to read, and where a pixel of a walk lies in it.
+template <class T, class Offset>
+struct Source {
+  const T* data;
+  Offset offset;
+};
+template <class T, class Offset>
+Source(const T*, Offset) -> Source<T, Offset>;
 
-// The same with a second map, whose values are 0 where it is null.
-template <int V, class T, class I, class OffsetA, class OffsetB, class Use>
-LAYERWISE_DEVICE void for_each_pixel_of_two(const T* a, const T* b, PixelWalk<I> walk, I count, const OffsetA& offset_a,
-                                            const OffsetB& offset_b, const Use& use) {
+// use(values, walk) for `count` pixels of a walk; values[m] are the V of map m, loaded some pixels ahead of their use.
+template <int V, class T, class I, class Use, class... Offsets>
+LAYERWISE_DEVICE void for_each_pixel(PixelWalk<I> walk, I count, const Use& use, const Source<T, Offsets>&... sources) {
+  constexpr int kMaps = sizeof...(sources);
   PixelWalk<I> ahead = walk;
   for (I i = 0; i < count; i += kAhead) {
-    Packed<T, V> loaded_a[kAhead], loaded_b[kAhead] = {};
+    Packed<T, V> loaded[kAhead][kMaps];
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
       if (i + k >= count) break;
-      loaded_a[k] = *reinterpret_cast<const Packed<T, V>*>(a + offset_a(ahead));
-      if (b != nullptr) loaded_b[k] = *reinterpret_cast<const Packed<T, V>*>(b + offset_b(ahead));
+      int m = 0;
+      ((loaded[k][m++] = *reinterpret_cast<const Packed<T, V>*>(sources.data + sources.offset(ahead))), ...);
       ahead.next();
     }
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
       if (i + k >= count) break;
-      Compute<T> values_a[V], values_b[V];
-      widen_all(loaded_a[k], values_a);
-      widen_all(loaded_b[k], values_b);
-      use(values_a, values_b, walk);
+      Compute<T> values[kMaps][V];
+#pragma unroll
+      for (int m = 0; m < kMaps; ++m) widen_all(loaded[k][m], values[m]);
+      use(values, walk);
       walk.next();
     }
   }

@@ -31,9 +31,7 @@ struct Features {
 template <class A>
 LAYERWISE_INLINE A inverse_area(const Head& p, int64_t cell) {
   const int64_t i = cell / p.moments.w, j = cell % p.moments.w;
-  const int64_t rows = cell_end(i, p.height, p.moments.h) - cell_begin(i, p.height, p.moments.h);
-  const int64_t columns = cell_end(j, p.width, p.moments.w) - cell_begin(j, p.width, p.moments.w);
-  return A(1) / static_cast<A>(rows * columns);
+  return A(1) / static_cast<A>(cell_size(i, p.height, p.moments.h) * cell_size(j, p.width, p.moments.w));
 }
 
 template <class A>

@@ -44,14 +44,17 @@ __global__ void __launch_bounds__(kThreads, sizeof(I) == 4 ? kResident : 2)  // 
     const T* of_channels = z + c * static_cast<I>(p.z_strides.c);
     const PixelWalk<I> walk(first, step, 0, 0, width);
     load<V>(of_channels + offset(walk), shift);
-    for_each_pixel<V>(of_channels, walk, count, offset, [&](const A(&value)[V], const PixelWalk<I>&) {
+    for_each_pixel<V>(
+        walk, count,
+        [&](const A(&values)[1][V], const PixelWalk<I>&) {
 #pragma unroll
-      for (int v = 0; v < V; ++v) {
-        const A d = value[v] - shift[v];
-        sum[v] += d;
-        square[v] += d * d;
-      }
-    });
+          for (int v = 0; v < V; ++v) {
+            const A d = values[0][v] - shift[v];
+            sum[v] += d;
+            square[v] += d * d;
+          }
+        },
+        Source{of_channels, offset});
     load<V>(first_pixel + c * static_cast<I>(p.z_strides.c), reference);
   }
   const A inverse_count = count > 0 ? A(1) / static_cast<A>(count) : A(0);

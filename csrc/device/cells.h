@@ -19,6 +19,11 @@ LAYERWISE_INLINE I cell_end(I i, I size, I bins) {
   return ((i + 1) * size + bins - 1) / bins;
 }
 
+template <class I>
+LAYERWISE_INLINE I cell_size(I i, I size, I bins) {
+  return cell_end(i, size, bins) - cell_begin(i, size, bins);
+}
+
 // First element of cell i that no earlier cell covers.
 template <class I>
 LAYERWISE_INLINE I cell_own_begin(I i, I size, I bins) {
