@@ -22,8 +22,7 @@ class Autotuner {
 
   // The way that is remembered for `what`, as its place among `ways`.
   std::optional<size_t> remembered(const std::string& what, const std::vector<std::string>& ways) const;
-  // Measures each way once and remembers the fastest.  One that throws is left out, but for the first: its error is the
-  // caller's.
+  // Measures each way once and remembers the fastest.  An error of any of them is the caller's: nothing is remembered.
   size_t measure(const std::string& what, const std::vector<std::string>& ways,
                  const std::function<double(size_t way)>& seconds);
 

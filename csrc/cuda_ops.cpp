@@ -168,12 +168,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_m
   return {y, m1, m2, sums, mean, var, z};
 }
 
-// By cuDNN as one kernel where it has one: not for every type and shape, and not on the host, in the simulator.
+// Where cuDNN has convolution, bias and ReLU as one kernel: on tensor cores, by 16-byte accesses over the channels.
+bool has_convolution_relu(const Tensor& input, const Tensor& weight, int64_t groups) {
+  const bool half = input.scalar_type() == ScalarType::BFloat16 || input.scalar_type() == ScalarType::Half;
+  return input.is_cuda() && half && groups == 1 && input.size(1) % 8 == 0 && weight.size(0) % 8 == 0 &&
+         is_dense(input, Layout::kChannelsLast);
+}
+
 Tensor convolution_relu(const Tensor& input, const Tensor& weight, const Tensor& bias, const Ints& stride,
                         const Ints& padding, const Ints& dilation, int64_t groups) {
   using torch::headeronly::IntHeaderOnlyArrayRef;
   using torch::stable::detail::from;
-  if (input.is_cuda() && input.scalar_type() != ScalarType::Double) {
+  if (has_convolution_relu(input, weight, groups)) {
     std::array<StableIValue, 7> stack{from(input),
                                       from(weight),
                                       from(OptionalTensor(bias)),
@@ -181,8 +187,9 @@ Tensor convolution_relu(const Tensor& input, const Tensor& weight, const Tensor&
                                       from(IntHeaderOnlyArrayRef(padding)),
                                       from(IntHeaderOnlyArrayRef(dilation)),
                                       from(groups)};
-    if (torch_call_dispatcher("aten::cudnn_convolution_relu", "", stack.data(), TORCH_ABI_VERSION) == 0)
-      return torch::stable::detail::to<Tensor>(stack[0]);
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("aten::cudnn_convolution_relu", "", stack.data(), TORCH_ABI_VERSION));
+    return torch::stable::detail::to<Tensor>(stack[0]);
   }
   std::array<StableIValue, 1> stack{from(convolution(input, weight, stride, padding, dilation, groups, bias))};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::relu", "", stack.data(), TORCH_ABI_VERSION));

@@ -69,6 +69,7 @@ def switches() -> Iterator[Any]:
     library.simt_forget()
     library.simt_autotune(True)
     yield library
+    library.simt_let_fail(False)
     library.simt_autotune(False)
     library.simt_forget()
 
@@ -115,11 +116,20 @@ def test_a_shape_is_measured_once(switches: Any) -> None:
     switches.simt_choice(text, 500)
     what, way = text.value.decode().rsplit(": ", 1)
     assert what == ("simulator, BFloat16 [3, 8, 9, 11] * [16, 8, 3, 3], stride 1x1, padding 1x1, dilation 1x1")
-    assert way in ["library", *NAMES[:2]]  # not the one that fails
+    assert way in ["library", *NAMES[:2]]
     after = [switches.simt_fused_runs(kernel) for kernel in range(3)]
-    assert sum(after) - sum(before) == 3 + (3 if way != "library" else 0)
+    assert sum(after) - sum(before) == 2 + (3 if way != "library" else 0)
     run(torch.float16)
     assert switches.simt_choose(b"library") == 2
+
+
+@simulated
+def test_a_convolution_that_fails_is_an_error(switches: Any) -> None:
+    """It said that it could do it: hiding that would hide a bug, or a broken device."""
+    switches.simt_let_fail(True)
+    with pytest.raises(RuntimeError, match="the stand-in fails"):
+        run(torch.bfloat16)
+    assert switches.simt_choose(b"library") == 0  # nothing was remembered
 
 
 @simulated

@@ -10,7 +10,7 @@ import backends
 import pytest
 import torch
 import torch.nn.functional as F
-from layerwise_ext.nn import ConvBNReLU2d, PooledLinearHead, PooledMoments
+from layerwise_ext.nn import ConvBNReLU2d, LocalHead, PooledLinearHead, PooledMoments
 from torch import nn
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}  # everything here is float64 unless said otherwise
@@ -312,6 +312,14 @@ def test_head_rejects_a_target_out_of_range(label: int, dtype: torch.dtype) -> N
     moments = PooledMoments.of(torch.randn(4, 3, 8, 8), (2, 2))
     with pytest.raises(ValueError, match=r"target is out of range.*allowed: 0 to 4"):
         head(moments, torch.tensor([0, 1, 2, label]))
+
+
+def test_a_head_without_a_forward_is_refused() -> None:
+    class Half(LocalHead):
+        bins = (1, 1)
+
+    with pytest.raises(TypeError, match=r"abstract method '?forward"):
+        Half()
 
 
 def test_half_precision_heads_do_not_overflow() -> None:

@@ -7,12 +7,15 @@ and captures again when it has changed.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Iterable
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
 
 Function = Callable[..., tuple[Tensor, ...]]
 WARMUP = 3  # calls in which libraries choose their algorithms and allocate what they keep
@@ -119,8 +122,11 @@ def capture(function: Function, inputs: tuple[Tensor, ...]) -> tuple[Callable[[]
 def _recover_generator(device: torch.device) -> None:
     """After a capture that failed torch's generator believes that it goes on, and refuses to draw; one that succeeds
     ends that."""
-    with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        torch.zeros(1, device=device)
+    try:
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            torch.zeros(1, device=device)
+    except RuntimeError as error:  # the failure of the step itself is the one to raise
+        logger.warning("after a failed capture %s's random generator may be unusable: %s", device, error)
 
 
 def check_device(device: torch.device) -> None:

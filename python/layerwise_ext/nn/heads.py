@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +23,8 @@ class HeadOutput(NamedTuple):
     loss: Tensor | None
 
 
-class LocalHead(nn.Module):
-    """Base class: maps :class:`PooledMoments` and a target to :class:`HeadOutput`.
+class LocalHead(nn.Module, ABC):
+    """Base class: its ``forward`` maps :class:`PooledMoments` and a target to :class:`HeadOutput`.
 
     Attributes:
         bins: ``(bh, bw)``, the grid of cells over which the stage pools its output for this head.
@@ -33,8 +34,9 @@ class LocalHead(nn.Module):
     bins: tuple[int, int]
     second_moment = True
 
+    @abstractmethod
     def forward(self, moments: PooledMoments, target: Tensor | None = None) -> HeadOutput:
-        raise NotImplementedError(f"{type(self).__name__} must define forward(moments, target)")
+        """Logits, and with a target the loss."""
 
 
 class PooledLinearHead(LocalHead):
