@@ -7,10 +7,17 @@ import copy
 import pytest
 import torch
 from layerwise_ext.models import StagedModel, vgg
-from layerwise_ext.nn import ConvBNReLU2d, LocalHead, LocalStage
-from torch import nn
+from layerwise_ext.nn import ConvBNReLU2d, HeadOutput, LocalHead, LocalStage, PooledMoments
+from torch import Tensor, nn
 
 SMALL = {"in_channels": 1, "image_size": (8, 8), "hidden": 16, "seed": 0}
+
+
+class NormHead(LocalHead):
+    bins = (1, 1)
+
+    def forward(self, moments: PooledMoments, target: Tensor | None = None) -> HeadOutput:
+        return HeadOutput(moments.m2.flatten(1), None if target is None else moments.m2.mean())
 
 
 @pytest.mark.parametrize(("config", "parameters"), [("vgg8b", 8_903_434), ("vgg11b", 11_559_946)])
@@ -96,4 +103,4 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="stages is empty"):
         StagedModel([])
     with pytest.raises(TypeError, match="the output needs a PooledLinearHead"):
-        StagedModel([LocalStage(nn.Identity(), LocalHead())])
+        StagedModel([LocalStage(nn.Identity(), NormHead())])
