@@ -13,7 +13,7 @@ bin := .venv/bin
 cxx := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 build_inputs := $(shell find csrc -type f) $(wildcard cmake/*) CMakeLists.txt pyproject.toml
 
-operator_tests := $(addprefix tests/test_,cuda_kernels.py bn_act_moments.py conv_bn_act.py head.py autotune.py \
+operator_tests := $(addprefix tests/test_,cuda_kernels.py bn_act_moments.py extended.py conv_bn_act.py head.py autotune.py \
   autograd.py compile.py nn.py stage.py bad_input.py)
 
 .PHONY: all demo test bench lint format sanitize clean FORCE

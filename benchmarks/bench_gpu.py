@@ -24,6 +24,7 @@ import torch
 import torch._dynamo
 from bench_stage import DisagreementError, agreement
 from harness import RESULTS, Quartiles, environment, geometric_mean, ratios, write_json
+from layerwise_ext._ops import Form
 from peers import COMPILE, DTYPES, EAGER, OURS, Row, TrainingStep, inputs, training_step
 
 MAX_AUTOTUNE = f"{COMPILE}:max-autotune"
@@ -194,12 +195,12 @@ def kernel_runs(dtype: torch.dtype) -> tuple[int, dict[str, tuple[int, Callable[
     grad_y = torch.randn_like(z)
     one, zero = torch.ones(c, device="cuda"), torch.zeros(c, device="cuda")
     p = torch.randn(n, c, bins, bins, device="cuda").contiguous(memory_format=torch.channels_last)
-    form = (1e-5, "relu", 0.0, [bins, bins])
+    form = Form(bins=[bins, bins])
     given = (one, zero, zero, one)  # weight, bias, mean, var
     normalization = (zero, one, one, zero, *form)  # mean, var, weight, bias
-    gradient = (z, None, p, None, zero, zero, *normalization, 1e6)
+    gradient = (z, None, p, None, zero, zero, *normalization, 1e6, False)
     dense_sums = (z, grad_y, None, None, zero, *normalization)
-    dense_gradient = (z, grad_y, None, None, zero, zero, *normalization, 1e6)
+    dense_gradient = (z, grad_y, None, None, zero, zero, *normalization, 1e6, False)
     return z.numel() * z.element_size(), {
         "statistics": (1, lambda: operators.batch_norm_statistics(z)),
         "apply, m1": (2, lambda: operators.bn_act_moments(z, *given, *form, False)),

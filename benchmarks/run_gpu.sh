@@ -58,8 +58,8 @@ assert not _C.build_info()['CUDA kernels'].startswith('not in'), _C.build_info()
 "$python" -m layerwise_ext info
 
 if wants table; then
-  test table 150 --backend=cuda -n 8 tests/test_cuda_kernels.py tests/test_bn_act_moments.py tests/test_conv_bn_act.py \
-    tests/test_head.py tests/test_autograd.py tests/test_nn.py tests/test_stage.py
+  test table 150 --backend=cuda -n 8 tests/test_cuda_kernels.py tests/test_bn_act_moments.py tests/test_extended.py \
+    tests/test_conv_bn_act.py tests/test_head.py tests/test_autograd.py tests/test_nn.py tests/test_stage.py
 fi
 if wants graph; then test graph 120 tests/test_cuda_device.py; fi
 if wants sanitize; then

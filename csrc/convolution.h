@@ -80,10 +80,10 @@ inline std::tuple<Tensor, Tensor> convolution_backward(const Tensor& dz, const T
                                      from(torch::headeronly::HeaderOnlyArrayRef<bool>(mask, 3))};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
-  const Tensor none = empty_vector(dz, 0, dz.scalar_type());
+  const auto none = [&] { return empty_vector(dz, 0, dz.scalar_type()); };
   Tensor gradients[3];
   for (int i = 0; i < 3; ++i) gradients[i] = torch::stable::detail::to<Tensor>(stack[i]);
-  return {needs_input ? gradients[0] : none, needs_weight ? gradients[1] : none};
+  return {needs_input ? gradients[0] : none(), needs_weight ? gradients[1] : none()};
 }
 
 inline void check_convolution_backward(const Tensor& z, const Tensor& input, const Tensor& weight, const Ints& stride,

@@ -45,21 +45,33 @@ Tensor empty_channels(const Tensor& map) {
 // What normalises a map, alive while kernels read it.
 struct Normalization {
   Tensor mean, var;
-  OptionalTensor weight, bias;
-  double eps;
-  Activation activation;
+  OptionalTensor weight, bias, slope;
+  Form form;
+  Extension extension;
 
   Normalization(const Tensor& map, const Tensor& mean_, const Tensor& var_, const OptionalTensor& weight_,
-                const OptionalTensor& bias_, double eps_, Activation activation_)
+                const OptionalTensor& bias_, const Form& form_)
       : mean(channel_values(mean_, map)),
         var(channel_values(var_, map)),
         weight(channel_values(weight_, map)),
         bias(channel_values(bias_, map)),
-        eps(eps_),
-        activation(activation_) {}
+        slope(channel_values(form_.slope, map)),
+        form(form_),
+        extension(extension_of(form, shape_of(map))) {
+    extension.slopes = data_or_null(slope);
+    if (!form.residual.has_value()) return;
+    extension.residual = form.residual->const_data_ptr();
+    extension.residual_strides = strides_of(*form.residual);
+  }
 
   cuda::Norm params() const {
-    return {mean.const_data_ptr(), var.const_data_ptr(), data_or_null(weight), data_or_null(bias), eps, activation};
+    return {mean.const_data_ptr(),
+            var.const_data_ptr(),
+            data_or_null(weight),
+            data_or_null(bias),
+            form.eps,
+            activation_of(form),
+            extension};
   }
 };
 
@@ -80,32 +92,46 @@ std::tuple<Tensor, Tensor> statistics(const Tensor& z, Layout layout, const Devi
 
 using Moments = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // y, m1, m2, sums; the last three empty without bins
 
-Moments apply(const Tensor& z, Layout layout, const Normalization& normalization, const Ints& bins, bool second_moment,
+Moments apply(const Tensor& z, Layout layout, const Normalization& normalization, bool second_moment,
               const Device& device) {
-  const Shape s = shape_of(z);
+  const Form& form = normalization.form;
+  const Shape s = shape_of(z), out = output_shape(s, form);
   const ScalarType accumulation = accumulation_type(z.scalar_type());
-  const Ints cells = cells_or_rows(bins, s);
-  const Shape none{0, s.c, 1, 1};
-  const Shape moments = bins.empty() ? none : Shape{s.n, s.c, bins[0], bins[1]};
-  Tensor y = empty_map(z, s, layout, z.scalar_type());
+  const Ints cells = cells_or_rows(form, s);
+  const Shape none{0, out.c, 1, 1};
+  const Shape moments = form.bins.empty() ? none : Shape{out.n, out.c, form.bins[0], form.bins[1]};
+  Tensor y = empty_map(z, out, layout, z.scalar_type());
   Tensor m1 = empty_map(z, moments, layout, accumulation);
   Tensor m2 = empty_map(z, second_moment ? moments : none, layout, accumulation);
-  Tensor sums = empty_vector(z, (second_moment ? 4 : 2) * m1.numel(), accumulation);
-  cuda::Apply p{};
-  p.map = map_of(z, layout);
-  p.bins_h = cells[0];
-  p.bins_w = cells[1];
-  p.z = z.const_data_ptr();
-  p.z_strides = strides_of(z);
-  p.y = y.mutable_data_ptr();
-  p.y_strides = strides_of(y);
-  p.norm = normalization.params();
-  if (!bins.empty()) {
-    p.m1 = m1.mutable_data_ptr();
-    p.m2 = second_moment ? m2.mutable_data_ptr() : nullptr;
-    p.sums = sums.mutable_data_ptr();
+  Tensor sums = empty_vector(z, sum_kinds(form, second_moment) * m1.numel(), accumulation);
+  cuda::Apply whole{};
+  whole.map = map_of(z, layout);
+  whole.bins_h = cells[0];
+  whole.bins_w = cells[1];
+  whole.z = z.const_data_ptr();
+  whole.z_strides = strides_of(z);
+  whole.y = y.mutable_data_ptr();
+  whole.y_strides = strides_of(y);
+  whole.norm = normalization.params();
+  if (!form.bins.empty()) {
+    whole.m1 = m1.mutable_data_ptr();
+    whole.m2 = second_moment ? m2.mutable_data_ptr() : nullptr;
+    whole.sums = sums.mutable_data_ptr();
   }
-  cuda::apply(p, device.stream());
+  for_each_sub_map(form, [&](const std::optional<SubMap>& sub) {
+    cuda::Apply p = whole;
+    if (sub.has_value()) {
+      const int64_t bytes = z.element_size(), sum_bytes = m1.element_size();
+      const int64_t apart = dense_strides(moments, layout).c;
+      sub->narrow(p.norm.extension, p.map.shape, bytes);
+      sub->narrow(p.z, p.z_strides, bytes);
+      sub->spread(p.y, p.y_strides, bytes);
+      sub->shift(p.m1, apart, sum_bytes);
+      sub->shift(p.m2, apart, sum_bytes);
+      sub->shift(p.sums, apart, sum_bytes);
+    }
+    cuda::apply(p, device.stream());
+  });
   return {y, m1, m2, sums};
 }
 
@@ -116,15 +142,15 @@ std::tuple<Tensor, Tensor> batch_norm_statistics(Tensor z) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_moments(
     Tensor z, OptionalTensor weight, OptionalTensor bias, OptionalTensor given_mean, OptionalTensor given_var,
-    double eps, std::string activation, double negative_slope, Ints bins, bool second_moment) {
+    LAYERWISE_FORM_PARAMETERS, bool second_moment) {
+  const Form form = LAYERWISE_FORM;
   check_map("z", z, kHalf);
-  check_normalization(z, shape_of(z), weight, bias, given_mean, given_var, eps, bins);
-  const Activation act = check_activation(activation, negative_slope);
+  check_normalization(z, shape_of(z), weight, bias, given_mean, given_var, form);
   const Device device(z);
   const Layout layout = layout_of(z);
   const auto [mean, var] = given_mean.has_value() ? std::tuple(*given_mean, *given_var) : statistics(z, layout, device);
-  const Normalization normalization(z, mean, var, weight, bias, eps, act);
-  auto [y, m1, m2, sums] = apply(z, layout, normalization, bins, second_moment, device);
+  const Normalization normalization(z, mean, var, weight, bias, form);
+  auto [y, m1, m2, sums] = apply(z, layout, normalization, second_moment, device);
   // An output must not share memory with an input.
   const bool given = given_mean.has_value();
   return {y,
@@ -138,12 +164,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_moments(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_moments(
     Tensor input, Tensor conv_weight, OptionalTensor conv_bias, OptionalTensor weight, OptionalTensor bias,
     OptionalTensor given_mean, OptionalTensor given_var, Ints stride, Ints padding, Ints dilation, int64_t groups,
-    double eps, std::string activation, double negative_slope, Ints bins, bool second_moment) {
+    LAYERWISE_FORM_PARAMETERS, bool second_moment) {
+  const Form form = LAYERWISE_FORM;
   check_map("input", input, kHalf);
   const Shape s = convolution_shape(input, conv_weight, stride, padding, dilation, groups);
   check_channels("conv_bias", conv_bias, input, s.c);
-  check_normalization(input, s, weight, bias, given_mean, given_var, eps, bins);
-  const Activation act = check_activation(activation, negative_slope);
+  check_normalization(input, s, weight, bias, given_mean, given_var, form);
   const Device device(input);
   const Tensor w = conv_weight.scalar_type() == input.scalar_type()
                        ? conv_weight
@@ -163,8 +189,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_m
   // The convolution's bias shifts z and its mean alike, so it is never added: only a given mean must lose it.
   if (given_mean.has_value() && conv_bias.has_value())
     mean = torch::stable::subtract(mean, channel_values(*conv_bias, z));
-  const Normalization normalization(z, mean, var, weight, bias, eps, act);
-  auto [y, m1, m2, sums] = apply(z, layout, normalization, bins, second_moment, device);
+  const Normalization normalization(z, mean, var, weight, bias, form);
+  auto [y, m1, m2, sums] = apply(z, layout, normalization, second_moment, device);
   return {y, m1, m2, sums, mean, var, z};
 }
 
@@ -199,15 +225,18 @@ Tensor convolution_relu(const Tensor& input, const Tensor& weight, const Tensor&
 // Batch norm folded into the weights by one small launch, then cuDNN's convolution with bias and ReLU in it.
 Tensor conv_bn_act_inference(Tensor input, Tensor conv_weight, OptionalTensor conv_bias, OptionalTensor weight,
                              OptionalTensor bias, Tensor mean, Tensor var, Ints stride, Ints padding, Ints dilation,
-                             int64_t groups, double eps, std::string activation, double negative_slope) {
+                             int64_t groups, LAYERWISE_FORM_PARAMETERS) {
+  const Form form = LAYERWISE_FORM;
   check_map("input", input, kHalf);
   const Shape s = convolution_shape(input, conv_weight, stride, padding, dilation, groups);
   check_channels("conv_bias", conv_bias, input, s.c);
-  check_normalization(input, s, weight, bias, mean, var, eps, {});
-  const Activation act = check_activation(activation, negative_slope);
-  if (!act.relu && act.negative_slope != 1)  // cuDNN has no other activation
+  check_normalization(input, s, weight, bias, mean, var, form);
+  const bool relu = activation == "relu";
+  // cuDNN has no other activation, and nothing behind it.
+  if ((!relu && activation != "identity") || residual.has_value() || downsample != "none")
     return std::get<0>(conv_bn_act_moments(input, conv_weight, conv_bias, weight, bias, mean, var, stride, padding,
-                                           dilation, groups, eps, activation, negative_slope, {}, false));
+                                           dilation, groups, eps, activation, negative_slope, upper_slope, slope, seed,
+                                           residual, downsample, window, ceil_mode, bins, false));
   const Device device(input);
   const ScalarType dtype = input.scalar_type();
   const bool foldable = conv_weight.scalar_type() == dtype ||
@@ -215,7 +244,7 @@ Tensor conv_bn_act_inference(Tensor input, Tensor conv_weight, OptionalTensor co
   const Tensor typed = foldable ? conv_weight : torch::stable::to(conv_weight, dtype);
   const bool dense = is_dense(typed, Layout::kChannelsLast) || is_dense(typed, Layout::kContiguous);
   const Tensor plain = dense ? typed : torch::stable::contiguous(typed);
-  const Normalization normalization(input, mean, var, weight, bias, eps, act);
+  const Normalization normalization(input, mean, var, weight, bias, form);
   const OptionalTensor b = channel_values(conv_bias, input);
   const Strides d = strides_of(plain);
   Tensor folded_weight = empty_strided(input, size_of(plain), {d.n, d.c, d.h, d.w}, dtype);
@@ -231,97 +260,145 @@ Tensor conv_bn_act_inference(Tensor input, Tensor conv_weight, OptionalTensor co
   p.folded_weight = folded_weight.mutable_data_ptr();
   p.folded_bias = folded_bias.mutable_data_ptr();
   cuda::fold(p, device.stream());
-  return act.relu ? convolution_relu(input, folded_weight, folded_bias, stride, padding, dilation, groups)
-                  : convolution(input, folded_weight, stride, padding, dilation, groups, folded_bias);
+  return relu ? convolution_relu(input, folded_weight, folded_bias, stride, padding, dilation, groups)
+              : convolution(input, folded_weight, stride, padding, dilation, groups, folded_bias);
 }
 
-std::tuple<Tensor, Tensor> bn_act_moments_backward_sums(Tensor z, OptionalTensor grad_y, OptionalTensor grad_m1,
-                                                        OptionalTensor grad_m2, Tensor sums, Tensor mean, Tensor var,
-                                                        OptionalTensor weight, OptionalTensor bias, double eps,
-                                                        std::string activation, double negative_slope, Ints bins) {
+std::tuple<Tensor, Tensor, Tensor> bn_act_moments_backward_sums(Tensor z, OptionalTensor grad_y, OptionalTensor grad_m1,
+                                                                OptionalTensor grad_m2, Tensor sums, Tensor mean,
+                                                                Tensor var, OptionalTensor weight, OptionalTensor bias,
+                                                                LAYERWISE_FORM_PARAMETERS) {
+  const Form form = LAYERWISE_FORM;
   check_map("z", z, kHalf);
-  check_normalization(z, shape_of(z), weight, bias, mean, var, eps, bins);
-  check_gradients(z, grad_y, grad_m1, grad_m2, bins);
-  check_sums(z, grad_m1, grad_m2, sums, bins);
+  check_normalization(z, shape_of(z), weight, bias, mean, var, form);
+  check_gradients(z, grad_y, grad_m1, grad_m2, form);
+  const bool both = check_sums(z, grad_m1, grad_m2, sums, form);
   const Device device(z);
   const Layout layout = layout_of(z);
-  const Normalization normalization(z, mean, var, weight, bias, eps, check_activation(activation, negative_slope));
+  const Normalization normalization(z, mean, var, weight, bias, form);
   const OptionalTensor p1 = moment_gradient(grad_m1, layout), p2 = moment_gradient(grad_m2, layout);
-  const Ints cells = cells_or_rows(bins, shape_of(z));
+  const Ints cells = cells_or_rows(form, shape_of(z));
+  const Shape out = output_shape(shape_of(z), form);
   Tensor dgamma = empty_channels(z), dbeta = empty_channels(z);
+  Tensor dslope = slope.has_value() ? empty_channels(z) : empty_vector(z, 0, dgamma.scalar_type());
+  std::vector<cuda::DenseMap> dense;
+  if (grad_y.has_value()) {
+    const cuda::DenseMap whole{map_of(z, layout),        z.const_data_ptr(),  strides_of(z),
+                               grad_y->const_data_ptr(), strides_of(*grad_y), normalization.extension};
+    for_each_sub_map(form, [&](const std::optional<SubMap>& sub) {
+      cuda::DenseMap& p = dense.emplace_back(whole);
+      if (!sub.has_value()) return;
+      sub->narrow(p.extension, p.map.shape, z.element_size());
+      sub->narrow(p.z, p.z_strides, z.element_size());
+      sub->spread(p.grad_y, p.grad_y_strides, z.element_size());
+    });
+  }
   cuda::BackwardSums p{};
-  p.map = map_of(z, layout);
-  p.bins_h = cells[0];
-  p.bins_w = cells[1];
-  p.z = z.const_data_ptr();
-  p.z_strides = strides_of(z);
-  p.grad_y = data_or_null(grad_y);
-  if (grad_y.has_value()) p.grad_y_strides = strides_of(*grad_y);
+  p.moments = map_of(z, {out.n, out.c, cells[0], cells[1]}, layout);
   p.p = data_or_null(p1);
   p.q = data_or_null(p2);
   p.sums = sums.const_data_ptr();
+  p.slope_sums = both ? 4 : 2;
+  p.dense = dense.data();
+  p.dense_maps = dense.size();
   p.norm = normalization.params();
-  Tensor partial = empty_vector(z, cuda::backward_sums_partials(p.map, p.bins_h, p.bins_w), dgamma.scalar_type());
-  p.partial = partial.mutable_data_ptr();
   p.dgamma = dgamma.mutable_data_ptr();
   p.dbeta = dbeta.mutable_data_ptr();
+  p.dslope = slope.has_value() ? dslope.mutable_data_ptr() : nullptr;
+  Tensor partial = empty_vector(z, cuda::backward_sums_partials(p), dgamma.scalar_type());
+  p.partial = partial.mutable_data_ptr();
   cuda::backward_sums(p, device.stream());
-  return {dgamma, dbeta};
+  return {dgamma, dbeta, dslope};
 }
 
-// dz may be z.
-void write_input_gradient(const Tensor& z, Tensor& dz, const OptionalTensor& grad_y, const OptionalTensor& grad_m1,
-                          const OptionalTensor& grad_m2, const Tensor& dgamma, const Tensor& dbeta,
-                          const Normalization& normalization, const Ints& bins, double count, const Device& device) {
+// dz may be z; the gradient of the residual may be absent.
+void write_input_gradient(const Tensor& z, Tensor& dz, OptionalTensor& grad_residual, const OptionalTensor& grad_y,
+                          const OptionalTensor& grad_m1, const OptionalTensor& grad_m2, const Tensor& dgamma,
+                          const Tensor& dbeta, const Normalization& normalization, double count, const Device& device) {
+  const Form& form = normalization.form;
   const Layout layout = layout_of(z);
   const OptionalTensor p1 = moment_gradient(grad_m1, layout), p2 = moment_gradient(grad_m2, layout);
   const Tensor total_dgamma = channel_values(dgamma, z), total_dbeta = channel_values(dbeta, z);
-  const Ints cells = cells_or_rows(bins, shape_of(z));
-  cuda::InputGradient p{};
-  p.map = map_of(z, layout);
-  p.bins_h = cells[0];
-  p.bins_w = cells[1];
-  p.z = z.const_data_ptr();
-  p.z_strides = strides_of(z);
-  p.dz = dz.mutable_data_ptr();
-  p.dz_strides = strides_of(dz);
-  p.grad_y = data_or_null(grad_y);
-  if (grad_y.has_value()) p.grad_y_strides = strides_of(*grad_y);
-  p.p = data_or_null(p1);
-  p.q = data_or_null(p2);
-  p.norm = normalization.params();
-  p.dgamma = total_dgamma.const_data_ptr();
-  p.dbeta = total_dbeta.const_data_ptr();
-  p.count = count;
-  cuda::input_gradient(p, device.stream());
+  const Ints cells = cells_or_rows(form, shape_of(z));
+  cuda::InputGradient whole{};
+  whole.map = map_of(z, layout);
+  whole.bins_h = cells[0];
+  whole.bins_w = cells[1];
+  whole.z = z.const_data_ptr();
+  whole.z_strides = strides_of(z);
+  whole.dz = dz.mutable_data_ptr();
+  whole.dz_strides = strides_of(dz);
+  if (grad_residual.has_value()) {
+    whole.dresidual = grad_residual->mutable_data_ptr();
+    whole.dresidual_strides = strides_of(*grad_residual);
+  }
+  whole.grad_y = data_or_null(grad_y);
+  if (grad_y.has_value()) whole.grad_y_strides = strides_of(*grad_y);
+  whole.p = data_or_null(p1);
+  whole.q = data_or_null(p2);
+  whole.norm = normalization.params();
+  whole.dgamma = total_dgamma.const_data_ptr();
+  whole.dbeta = total_dbeta.const_data_ptr();
+  whole.count = count;
+  for_each_sub_map(form, [&](const std::optional<SubMap>& sub) {
+    cuda::InputGradient p = whole;
+    if (sub.has_value()) {
+      const int64_t bytes = z.element_size(), sum_bytes = total_dgamma.element_size();
+      const Shape out = output_shape(shape_of(z), form);
+      const int64_t apart = dense_strides({out.n, out.c, cells[0], cells[1]}, layout).c;
+      sub->narrow(p.norm.extension, p.map.shape, bytes);
+      sub->narrow(p.z, p.z_strides, bytes);
+      sub->narrow(p.dz, p.dz_strides, bytes);
+      if (p.dresidual != nullptr) sub->narrow(p.dresidual, p.dresidual_strides, bytes);
+      if (p.grad_y != nullptr) sub->spread(p.grad_y, p.grad_y_strides, bytes);
+      sub->shift(p.p, apart, sum_bytes);
+      sub->shift(p.q, apart, sum_bytes);
+    }
+    cuda::input_gradient(p, device.stream());
+  });
 }
 
-Tensor bn_act_moments_backward(Tensor z, OptionalTensor grad_y, OptionalTensor grad_m1, OptionalTensor grad_m2,
-                               Tensor dgamma, Tensor dbeta, Tensor mean, Tensor var, OptionalTensor weight,
-                               OptionalTensor bias, double eps, std::string activation, double negative_slope,
-                               Ints bins, double count) {
-  check_backward(z, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, eps, bins, kHalf);
+OptionalTensor empty_residual(const Tensor& z, const Form& form, bool needed) {
+  if (!needed || !form.residual.has_value()) return {};
+  return empty_map(z, shape_of(z), layout_of(z), z.scalar_type());
+}
+
+std::tuple<Tensor, Tensor> bn_act_moments_backward(Tensor z, OptionalTensor grad_y, OptionalTensor grad_m1,
+                                                   OptionalTensor grad_m2, Tensor dgamma, Tensor dbeta, Tensor mean,
+                                                   Tensor var, OptionalTensor weight, OptionalTensor bias,
+                                                   LAYERWISE_FORM_PARAMETERS, double count, bool needs_residual) {
+  const Form form = LAYERWISE_FORM;
+  check_backward(z, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, form, kHalf);
   const Device device(z);
-  const Normalization normalization(z, mean, var, weight, bias, eps, check_activation(activation, negative_slope));
+  const Normalization normalization(z, mean, var, weight, bias, form);
   Tensor dz = empty_map(z, shape_of(z), layout_of(z), z.scalar_type());
-  write_input_gradient(z, dz, grad_y, grad_m1, grad_m2, dgamma, dbeta, normalization, bins, count, device);
-  return dz;
+  OptionalTensor grad_residual = empty_residual(z, form, needs_residual);
+  write_input_gradient(z, dz, grad_residual, grad_y, grad_m1, grad_m2, dgamma, dbeta, normalization, count, device);
+  return {dz, grad_residual.value_or(empty_vector(z, 0, z.scalar_type()))};
 }
 
-// Gradients of input and conv_weight; an empty tensor stands for one that is not needed.
-std::tuple<Tensor, Tensor> conv_backward(bool overwrite, Tensor z, OptionalTensor grad_y, OptionalTensor grad_m1,
-                                         OptionalTensor grad_m2, Tensor dgamma, Tensor dbeta, Tensor mean, Tensor var,
-                                         OptionalTensor weight, OptionalTensor bias, double eps, std::string activation,
-                                         double negative_slope, Ints bins, double count, Tensor input,
-                                         Tensor conv_weight, Ints stride, Ints padding, Ints dilation, int64_t groups,
-                                         bool needs_input, bool needs_weight) {
-  check_backward(z, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, eps, bins, kHalf);
+// Gradients of input, conv_weight and residual; an empty tensor stands for one that is not needed.
+std::tuple<Tensor, Tensor, Tensor> conv_backward(bool overwrite, Tensor z, OptionalTensor grad_y,
+                                                 OptionalTensor grad_m1, OptionalTensor grad_m2, Tensor dgamma,
+                                                 Tensor dbeta, Tensor mean, Tensor var, OptionalTensor weight,
+                                                 OptionalTensor bias, LAYERWISE_FORM_PARAMETERS, double count,
+                                                 Tensor input, Tensor conv_weight, Ints stride, Ints padding,
+                                                 Ints dilation, int64_t groups, bool needs_input, bool needs_weight,
+                                                 bool needs_residual) {
+  const Form form = LAYERWISE_FORM;
+  check_backward(z, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, form, kHalf);
   check_convolution_backward(z, input, conv_weight, stride, padding, dilation, groups, kHalf);
   const Device device(z);
-  const Normalization normalization(z, mean, var, weight, bias, eps, check_activation(activation, negative_slope));
+  const Normalization normalization(z, mean, var, weight, bias, form);
   Tensor dz = overwrite ? z : empty_map(z, shape_of(z), layout_of(z), z.scalar_type());
-  write_input_gradient(z, dz, grad_y, grad_m1, grad_m2, dgamma, dbeta, normalization, bins, count, device);
-  return convolution_gradients(dz, input, conv_weight, stride, padding, dilation, groups, needs_input, needs_weight);
+  OptionalTensor grad_residual = empty_residual(z, form, needs_residual);
+  write_input_gradient(z, dz, grad_residual, grad_y, grad_m1, grad_m2, dgamma, dbeta, normalization, count, device);
+  const auto none = [&] { return empty_vector(z, 0, z.scalar_type()); };
+  auto [grad_input, grad_weight] =
+      needs_input || needs_weight
+          ? convolution_gradients(dz, input, conv_weight, stride, padding, dilation, groups, needs_input, needs_weight)
+          : std::tuple(none(), none());
+  return {grad_input, grad_weight, grad_residual.value_or(none())};
 }
 
 using ConvBackward = BackwardForm<&conv_backward, false>;

@@ -38,21 +38,40 @@ void parallel_for(int64_t tasks, int64_t grain, const std::function<void(int64_t
 
 // -- The normalisation as kernels take it -----------------------------------------------------------------------------
 
-// What the forward and the backward passes share: coefficients per channel, activation, cells.
+// The layout of a result: channels_last where the map's channels are innermost, contiguous otherwise.
+Layout result_layout(const Tensor& z) { return readable_layout(z).value_or(Layout::kContiguous); }
+
+// z as the kernels of this form read it: windows are cut from channels_last maps only.
+std::pair<Tensor, Layout> readable_windows(const Tensor& z, const Form& form) {
+  if (form.downsample == "none") return readable(z);
+  if (readable_as(z, Layout::kChannelsLast)) return {z, Layout::kChannelsLast};
+  return {dense_copy(z, Layout::kChannelsLast), Layout::kChannelsLast};
+}
+
+// What the forward and the backward passes share: coefficients per channel, activation, what else the form has.
 struct Normalization {
   Values mean, rstd, gamma, beta;
   Activation activation;
+  Extension extension;
   ChannelArrays arrays;
+  OptionalTensor residual, seed;  // alive while kernels read them
 
-  Normalization(const Tensor& z, Values mean_, const Values& var, const OptionalTensor& weight,
-                const OptionalTensor& bias, double eps, Activation activation_)
+  Normalization(const Tensor& z, Layout layout, Values mean_, const Values& var, const OptionalTensor& weight,
+                const OptionalTensor& bias, const Form& form)
       : mean(std::move(mean_)),
         rstd(var),
         gamma(read_values(weight, mean.size(), 1.0)),
         beta(read_values(bias, mean.size(), 0.0)),
-        activation(activation_),
-        arrays(z.scalar_type()) {
-    for (double& v : rstd) v = 1.0 / std::sqrt(v + eps);
+        activation(activation_of(form)),
+        extension(extension_of(form, shape_of(z))),
+        arrays(z.scalar_type()),
+        residual(readable_gradient(form.residual, layout)),
+        seed(form.seed) {
+    for (double& v : rstd) v = 1.0 / std::sqrt(v + form.eps);
+    if (form.slope.has_value()) extension.slopes = arrays.add(read_values(*form.slope));
+    if (!residual.has_value()) return;
+    extension.residual = residual->const_data_ptr();
+    extension.residual_strides = strides_of(*residual);
   }
 
   Channels channels() { return {arrays.add(mean), arrays.add(rstd), arrays.add(gamma), arrays.add(beta)}; }
@@ -100,33 +119,53 @@ Statistics batch_statistics(const Tensor& z, Layout layout) {
 
 using Moments = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // y, m1, m2, sums; the last three empty without bins
 
-Moments apply(const Tensor& z, Layout layout, Normalization& normalization, const Ints& bins, bool second_moment) {
-  const Shape s = shape_of(z);
+// z is read in `layout`; the results have that of `target`.
+Moments apply(const Tensor& z, Layout layout, Layout target, Normalization& normalization, const Form& form,
+              bool second_moment) {
+  const Shape s = shape_of(z), out = output_shape(s, form);
   const ScalarType accumulation = accumulation_type(z.scalar_type());
-  const Ints cells = cells_or_rows(bins, s);
-  const Shape none{0, s.c, 1, 1};
-  const Shape moments = bins.empty() ? none : Shape{s.n, s.c, bins[0], bins[1]};
-  Tensor y = allocate_map(z, s, layout);
+  const Ints cells = cells_or_rows(form, s);
+  const Shape none{0, out.c, 1, 1};
+  const Shape moments = form.bins.empty() ? none : Shape{out.n, out.c, form.bins[0], form.bins[1]};
+  Tensor y = allocate_map(z, out, layout);
   Tensor m1 = empty_map(z, moments, layout, accumulation);
   Tensor m2 = empty_map(z, second_moment ? moments : none, layout, accumulation);
-  Tensor sums = empty_vector(z, (second_moment ? 4 : 2) * m1.numel(), accumulation);
+  Tensor sums = empty_vector(z, sum_kinds(form, second_moment) * m1.numel(), accumulation);
 
-  ApplyParams p{};
-  p.map = map_of(z, layout);
-  p.bins_h = cells[0];
-  p.bins_w = cells[1];
-  p.z = z.const_data_ptr();
-  p.z_strides = strides_of(z);
-  p.y = y.mutable_data_ptr();
-  p.y_strides = strides_of(y);
-  p.channels = normalization.channels();
-  p.activation = normalization.activation;
-  if (!bins.empty()) {
-    p.m1 = m1.mutable_data_ptr();
-    p.m2 = second_moment ? m2.mutable_data_ptr() : nullptr;
-    p.sums = sums.mutable_data_ptr();
+  ApplyParams whole{};
+  whole.map = map_of(z, layout);
+  whole.bins_h = cells[0];
+  whole.bins_w = cells[1];
+  whole.z = z.const_data_ptr();
+  whole.z_strides = strides_of(z);
+  whole.y = y.mutable_data_ptr();
+  whole.y_strides = strides_of(y);
+  whole.channels = normalization.channels();
+  whole.activation = normalization.activation;
+  whole.extension = normalization.extension;
+  if (!form.bins.empty()) {
+    whole.m1 = m1.mutable_data_ptr();
+    whole.m2 = second_moment ? m2.mutable_data_ptr() : nullptr;
+    whole.sums = sums.mutable_data_ptr();
   }
-  cpu::apply(p, parallel_for);
+  for_each_sub_map(form, [&](const std::optional<SubMap>& sub) {
+    ApplyParams p = whole;
+    if (sub.has_value()) {
+      const int64_t bytes = z.element_size(), sum_bytes = m1.element_size();
+      sub->narrow(p.extension, p.map.shape, bytes);
+      sub->narrow(p.z, p.z_strides, bytes);
+      sub->spread(p.y, p.y_strides, bytes);
+      sub->shift(p.m1, 1, sum_bytes);
+      sub->shift(p.m2, 1, sum_bytes);
+      sub->shift(p.sums, 1, sum_bytes);
+    }
+    cpu::apply(p, parallel_for);
+  });
+  if (layout != target) {
+    y = dense_copy(y, target);
+    m1 = dense_copy(m1, target);
+    m2 = dense_copy(m2, target);
+  }
   return {y, m1, m2, sums};
 }
 
@@ -145,18 +184,17 @@ std::tuple<Tensor, Tensor> batch_norm_statistics(Tensor z) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_moments(Tensor z, OptionalTensor weight,
                                                                           OptionalTensor bias, OptionalTensor mean,
-                                                                          OptionalTensor var, double eps,
-                                                                          std::string activation, double negative_slope,
-                                                                          Ints bins, bool second_moment) {
+                                                                          OptionalTensor var, LAYERWISE_FORM_PARAMETERS,
+                                                                          bool second_moment) {
+  const Form form = LAYERWISE_FORM;
   check_map("z", z, kHalf);
-  check_normalization(z, shape_of(z), weight, bias, mean, var, eps, bins);
-  const Activation act = check_activation(activation, negative_slope);
+  check_normalization(z, shape_of(z), weight, bias, mean, var, form);
 
-  const auto [map, layout] = readable(z);
+  const auto [map, layout] = readable_windows(z, form);
   const Statistics s =
       mean.has_value() ? Statistics{read_values(*mean), read_values(*var)} : batch_statistics(map, layout);
-  Normalization normalization(map, s.mean, s.var, weight, bias, eps, act);
-  auto [y, m1, m2, sums] = apply(map, layout, normalization, bins, second_moment);
+  Normalization normalization(map, layout, s.mean, s.var, weight, bias, form);
+  auto [y, m1, m2, sums] = apply(map, layout, result_layout(z), normalization, form, second_moment);
   return {y, m1, m2, sums, channel_tensor(z, s.mean), channel_tensor(z, s.var)};
 }
 
@@ -179,13 +217,13 @@ void winograd_convolution(const Tensor& x, const void* w, const Strides& w_strid
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_moments(
     Tensor input, Tensor conv_weight, OptionalTensor conv_bias, OptionalTensor weight, OptionalTensor bias,
-    OptionalTensor mean, OptionalTensor var, Ints stride, Ints padding, Ints dilation, int64_t groups, double eps,
-    std::string activation, double negative_slope, Ints bins, bool second_moment) {
+    OptionalTensor mean, OptionalTensor var, Ints stride, Ints padding, Ints dilation, int64_t groups,
+    LAYERWISE_FORM_PARAMETERS, bool second_moment) {
+  const Form form = LAYERWISE_FORM;
   check_map("input", input, kHalf);
   const Shape s = convolution_shape(input, conv_weight, stride, padding, dilation, groups);
   check_channels("conv_bias", conv_bias, input, s.c);
-  check_normalization(input, s, weight, bias, mean, var, eps, bins);
-  const Activation act = check_activation(activation, negative_slope);
+  check_normalization(input, s, weight, bias, mean, var, form);
 
   const Tensor w = conv_weight.scalar_type() == input.scalar_type()
                        ? conv_weight
@@ -227,81 +265,109 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_m
     const Values shift = read_values(*conv_bias);
     for (size_t c = 0; c < shift.size(); ++c) statistics.mean[c] -= shift[c];
   }
-  Normalization normalization(map, statistics.mean, statistics.var, weight, bias, eps, act);
-  auto [y, m1, m2, sums] = apply(map, layout, normalization, bins, second_moment);
+  const auto [cut, cut_layout] = readable_windows(map, form);
+  Normalization normalization(cut, cut_layout, statistics.mean, statistics.var, weight, bias, form);
+  auto [y, m1, m2, sums] = apply(cut, cut_layout, layout, normalization, form, second_moment);
   return {y, m1, m2, sums, channel_tensor(map, statistics.mean), channel_tensor(map, statistics.var), map};
 }
 
 Tensor conv_bn_act_inference(Tensor input, Tensor conv_weight, OptionalTensor conv_bias, OptionalTensor weight,
                              OptionalTensor bias, Tensor mean, Tensor var, Ints stride, Ints padding, Ints dilation,
-                             int64_t groups, double eps, std::string activation, double negative_slope) {
+                             int64_t groups, LAYERWISE_FORM_PARAMETERS) {
   return std::get<0>(conv_bn_act_moments(input, conv_weight, conv_bias, weight, bias, mean, var, stride, padding,
-                                         dilation, groups, eps, activation, negative_slope, {}, false));
+                                         dilation, groups, eps, activation, negative_slope, upper_slope, slope, seed,
+                                         residual, downsample, window, ceil_mode, bins, false));
 }
 
 // -- Backward -----------------------------------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor> bn_act_moments_backward_sums(Tensor z, OptionalTensor grad_y, OptionalTensor grad_m1,
-                                                        OptionalTensor grad_m2, Tensor sums, Tensor mean, Tensor var,
-                                                        OptionalTensor weight, OptionalTensor bias, double eps,
-                                                        std::string activation, double negative_slope, Ints bins) {
+// Sums over the channels of y that belong to one channel of z.
+Values fold_channels(const Values& values, int64_t step) {
+  Values folded(values.size() / step);
+  for (size_t i = 0; i < values.size(); ++i) folded[i / step] += values[i];
+  return folded;
+}
+
+std::tuple<Tensor, Tensor, Tensor> bn_act_moments_backward_sums(Tensor z, OptionalTensor grad_y, OptionalTensor grad_m1,
+                                                                OptionalTensor grad_m2, Tensor sums, Tensor mean,
+                                                                Tensor var, OptionalTensor weight, OptionalTensor bias,
+                                                                LAYERWISE_FORM_PARAMETERS) {
+  const Form form = LAYERWISE_FORM;
   check_map("z", z, kHalf);
-  check_normalization(z, shape_of(z), weight, bias, mean, var, eps, bins);
-  check_gradients(z, grad_y, grad_m1, grad_m2, bins);
-  check_sums(z, grad_m1, grad_m2, sums, bins);
-  const auto [map, layout] = readable(z);
-  const int64_t channels = z.size(1);
-  Values dbeta(channels), dgamma(channels);
+  check_normalization(z, shape_of(z), weight, bias, mean, var, form);
+  check_gradients(z, grad_y, grad_m1, grad_m2, form);
+  const bool both = check_sums(z, grad_m1, grad_m2, sums, form);
+  const bool learned = slope.has_value();
+  const int64_t step = channel_step(form), channels = z.size(1);
+  Values dbeta(channels * step), dgamma(channels * step), dslope(channels * step);
 
   if (grad_m1.has_value() || grad_m2.has_value()) {
+    // The sums lie as the forward pass left them.
+    const Layout layout = form.downsample == "none" ? result_layout(z) : Layout::kChannelsLast;
     const OptionalTensor p1 = dense_gradient(grad_m1, layout), p2 = dense_gradient(grad_m2, layout);
     CellSumsParams p{};
-    p.map = map_of(map, layout);
+    p.map = map_of(z, output_shape(shape_of(z), form), layout);
     p.bins_h = bins[0];
     p.bins_w = bins[1];
     p.p = data_or_null(p1);
     p.q = data_or_null(p2);
     p.sums = sums.const_data_ptr();
+    p.slope_sums = both ? 4 : 2;
     p.dbeta = dbeta.data();
     p.dgamma = dgamma.data();
+    p.dslope = learned ? dslope.data() : nullptr;
     cpu::cell_sums(p, parallel_for);
   }
+  dbeta = fold_channels(dbeta, step);
+  dgamma = fold_channels(dgamma, step);
+  dslope = fold_channels(dslope, step);
   if (grad_y.has_value()) {
+    const auto [map, layout] = readable_windows(z, form);
     const Tensor g = *readable_gradient(grad_y, layout);
-    Normalization normalization(map, read_values(mean), read_values(var), weight, bias, eps,
-                                check_activation(activation, negative_slope));
-    DenseSumsParams p{};
-    p.map = map_of(map, layout);
-    p.z = map.const_data_ptr();
-    p.z_strides = strides_of(map);
-    p.grad_y = g.const_data_ptr();
-    p.grad_y_strides = strides_of(g);
-    p.channels = normalization.channels();
-    p.activation = normalization.activation;
-    cpu::dense_sums(p, dbeta.data(), dgamma.data(), parallel_for);
+    Normalization normalization(map, layout, read_values(mean), read_values(var), weight, bias, form);
+    DenseSumsParams whole{};
+    whole.map = map_of(map, layout);
+    whole.z = map.const_data_ptr();
+    whole.z_strides = strides_of(map);
+    whole.grad_y = g.const_data_ptr();
+    whole.grad_y_strides = strides_of(g);
+    whole.channels = normalization.channels();
+    whole.activation = normalization.activation;
+    whole.extension = normalization.extension;
+    for_each_sub_map(form, [&](const std::optional<SubMap>& sub) {
+      DenseSumsParams p = whole;
+      if (sub.has_value()) {
+        sub->narrow(p.extension, p.map.shape, z.element_size());
+        sub->narrow(p.z, p.z_strides, z.element_size());
+        sub->spread(p.grad_y, p.grad_y_strides, z.element_size());
+      }
+      cpu::dense_sums(p, dbeta.data(), dgamma.data(), learned ? dslope.data() : nullptr, parallel_for);
+    });
   }
-  return {channel_tensor(z, dgamma), channel_tensor(z, dbeta)};
+  dslope.resize(learned ? channels : 0);
+  return {channel_tensor(z, dgamma), channel_tensor(z, dbeta), channel_tensor(z, dslope)};
 }
 
 // The gradients of y, m1 and m2 and everything else that dz depends on, kept alive while kernels read it.
 struct GradientInputs {
   Tensor z;
   Layout layout;
+  const Form& form;
   OptionalTensor grad_y, grad_m1, grad_m2;
   Normalization normalization;
   InputGradientParams params{};
 
   GradientInputs(const Tensor& z_, Layout layout_, const OptionalTensor& grad_y_, const OptionalTensor& grad_m1_,
                  const OptionalTensor& grad_m2_, const Tensor& dgamma, const Tensor& dbeta, const Tensor& mean,
-                 const Tensor& var, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
-                 const std::string& activation, double negative_slope, const Ints& bins, double count)
+                 const Tensor& var, const OptionalTensor& weight, const OptionalTensor& bias, const Form& form_,
+                 double count)
       : z(z_),
         layout(layout_),
+        form(form_),
         grad_y(readable_gradient(grad_y_, layout)),
         grad_m1(dense_gradient(grad_m1_, layout)),
         grad_m2(dense_gradient(grad_m2_, layout)),
-        normalization(z, read_values(mean), read_values(var), weight, bias, eps,
-                      check_activation(activation, negative_slope)) {
+        normalization(z, layout, read_values(mean), read_values(var), weight, bias, form) {
     const int64_t channels = z.size(1);
     Values mean_dbeta(channels), mean_dgamma(channels);
     const Values total_dbeta = read_values(dbeta), total_dgamma = read_values(dgamma);
@@ -310,7 +376,7 @@ struct GradientInputs {
       mean_dbeta[c] = scale * total_dbeta[c];
       mean_dgamma[c] = scale * total_dgamma[c];
     }
-    const Ints cells = cells_or_rows(bins, shape_of(z));
+    const Ints cells = cells_or_rows(form, shape_of(z));
     params.map = map_of(z, layout);
     params.bins_h = cells[0];
     params.bins_w = cells[1];
@@ -324,28 +390,60 @@ struct GradientInputs {
     params.scaled_mean_dbeta = normalization.arrays.add(mean_dbeta);
     params.scaled_mean_dgamma = normalization.arrays.add(mean_dgamma);
     params.activation = normalization.activation;
+    params.extension = normalization.extension;
   }
   GradientInputs(const GradientInputs&) = delete;
 
-  // dz may be z itself.
-  void write(Tensor& dz) {
-    params.dz = dz.mutable_data_ptr();
-    params.dz_strides = strides_of(dz);
-    cpu::input_gradient(params, parallel_for);
+  // dz may be z itself; the gradient of the residual may be absent.
+  void write(Tensor& dz, OptionalTensor& grad_residual) {
+    InputGradientParams whole = params;
+    whole.dz = dz.mutable_data_ptr();
+    whole.dz_strides = strides_of(dz);
+    if (grad_residual.has_value()) {
+      whole.dresidual = grad_residual->mutable_data_ptr();
+      whole.dresidual_strides = strides_of(*grad_residual);
+    }
+    for_each_sub_map(form, [&](const std::optional<SubMap>& sub) {
+      InputGradientParams p = whole;
+      if (sub.has_value()) narrow(p, *sub);
+      cpu::input_gradient(p, parallel_for);
+    });
+  }
+
+ private:
+  void narrow(InputGradientParams& p, const SubMap& sub) const {
+    const int64_t bytes = z.element_size(), sum_bytes = z.scalar_type() == ScalarType::Double ? 8 : 4;
+    sub.narrow(p.extension, p.map.shape, bytes);
+    sub.narrow(p.z, p.z_strides, bytes);
+    sub.narrow(p.dz, p.dz_strides, bytes);
+    if (p.dresidual != nullptr) sub.narrow(p.dresidual, p.dresidual_strides, bytes);
+    if (p.grad_y != nullptr) sub.spread(p.grad_y, p.grad_y_strides, bytes);
+    sub.shift(p.p, 1, sum_bytes);
+    sub.shift(p.q, 1, sum_bytes);
   }
 };
 
-Tensor bn_act_moments_backward(Tensor z, OptionalTensor grad_y, OptionalTensor grad_m1, OptionalTensor grad_m2,
-                               Tensor dgamma, Tensor dbeta, Tensor mean, Tensor var, OptionalTensor weight,
-                               OptionalTensor bias, double eps, std::string activation, double negative_slope,
-                               Ints bins, double count) {
-  check_backward(z, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, eps, bins, kHalf);
-  const auto [map, layout] = readable(z);
+// Memory for the gradient of the residual.
+OptionalTensor empty_residual(const Tensor& z, Layout layout, bool needed) {
+  if (!needed) return {};
+  return allocate_map(z, shape_of(z), layout);
+}
+
+std::tuple<Tensor, Tensor> bn_act_moments_backward(Tensor z, OptionalTensor grad_y, OptionalTensor grad_m1,
+                                                   OptionalTensor grad_m2, Tensor dgamma, Tensor dbeta, Tensor mean,
+                                                   Tensor var, OptionalTensor weight, OptionalTensor bias,
+                                                   LAYERWISE_FORM_PARAMETERS, double count, bool needs_residual) {
+  const Form form = LAYERWISE_FORM;
+  check_backward(z, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, form, kHalf);
+  const auto [map, layout] = readable_windows(z, form);
   Tensor dz = allocate_map(z, shape_of(z), layout);
-  GradientInputs(map, layout, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, eps, activation,
-                 negative_slope, bins, count)
-      .write(dz);
-  return dz;
+  OptionalTensor grad_residual = empty_residual(z, layout, needs_residual && residual.has_value());
+  GradientInputs(map, layout, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, form, count)
+      .write(dz, grad_residual);
+  const Layout target = result_layout(z);
+  const auto result = [&](const Tensor& t) { return layout == target ? t : dense_copy(t, target); };
+  const Tensor none = empty_vector(z, 0, z.scalar_type());
+  return {result(dz), grad_residual.has_value() ? result(*grad_residual) : none};
 }
 
 // The weight gradient with dz formed inside it and never written.
@@ -385,35 +483,39 @@ std::optional<Tensor> winograd_input_gradient(const Tensor& dz, const Tensor& in
   return gradient;
 }
 
-// Gradients of input and conv_weight; an empty tensor stands for one that is not needed.
-std::tuple<Tensor, Tensor> conv_backward(bool overwrite, Tensor z, OptionalTensor grad_y, OptionalTensor grad_m1,
-                                         OptionalTensor grad_m2, Tensor dgamma, Tensor dbeta, Tensor mean, Tensor var,
-                                         OptionalTensor weight, OptionalTensor bias, double eps, std::string activation,
-                                         double negative_slope, Ints bins, double count, Tensor input,
-                                         Tensor conv_weight, Ints stride, Ints padding, Ints dilation, int64_t groups,
-                                         bool needs_input, bool needs_weight) {
-  check_backward(z, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, eps, bins, kHalf);
+// Gradients of input, conv_weight and residual; an empty tensor stands for one that is not needed.
+std::tuple<Tensor, Tensor, Tensor> conv_backward(bool overwrite, Tensor z, OptionalTensor grad_y,
+                                                 OptionalTensor grad_m1, OptionalTensor grad_m2, Tensor dgamma,
+                                                 Tensor dbeta, Tensor mean, Tensor var, OptionalTensor weight,
+                                                 OptionalTensor bias, LAYERWISE_FORM_PARAMETERS, double count,
+                                                 Tensor input, Tensor conv_weight, Ints stride, Ints padding,
+                                                 Ints dilation, int64_t groups, bool needs_input, bool needs_weight,
+                                                 bool needs_residual) {
+  const Form form = LAYERWISE_FORM;
+  check_backward(z, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, form, kHalf);
   check_convolution_backward(z, input, conv_weight, stride, padding, dilation, groups, kHalf);
-  const auto [map, layout] = readable(z);
-  GradientInputs gradient(map, layout, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, eps,
-                          activation, negative_slope, bins, count);
-  const Window window = window_of(conv_weight, stride, padding, dilation);
+  const auto [map, layout] = readable_windows(z, form);
+  GradientInputs gradient(map, layout, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, form, count);
+  const Window kernel = window_of(conv_weight, stride, padding, dilation);
   const bool plain = groups == 1 && input.scalar_type() == z.scalar_type();
-  const Tensor none = empty_vector(z, 0, z.scalar_type());
-  Tensor grad_weight = none;
-  // First, from z, which dz may replace.  Where dz must be written anyway, only tiles are worth forming it once more.
+  const auto none = [&] { return empty_vector(z, 0, z.scalar_type()); };
+  needs_residual = needs_residual && residual.has_value();
+  Tensor grad_weight = none();
+  // First, from z, which dz may replace.  Where dz must be written anyway, only tiles are worth forming it once more; that
+  // of interleaved channels is written in parts.
   const Map& dz_map = gradient.params.map;
-  if (needs_weight && plain &&
-      (needs_input ? cpu::has_winograd(dz_map, shape_of(input), strides_of(input), window)
-                   : cpu::has_weight_gradient(dz_map, shape_of(input), strides_of(input), window))) {
+  if (needs_weight && plain && !is_interleaved(form) &&
+      (needs_input || needs_residual ? cpu::has_winograd(dz_map, shape_of(input), strides_of(input), kernel)
+                                     : cpu::has_weight_gradient(dz_map, shape_of(input), strides_of(input), kernel))) {
     grad_weight = fused_weight_gradient(gradient, input, conv_weight, stride, padding, dilation);
     needs_weight = false;
   }
-  if (!needs_input && !needs_weight) return {none, grad_weight};
+  if (!needs_input && !needs_weight && !needs_residual) return {none(), grad_weight, none()};
   Tensor dz = overwrite ? map : allocate_map(z, shape_of(z), layout);
-  gradient.write(dz);
+  OptionalTensor grad_residual = empty_residual(z, layout, needs_residual);
+  gradient.write(dz, grad_residual);
   std::optional<Tensor> grad_input;
-  if (needs_input && plain) grad_input = winograd_input_gradient(dz, input, conv_weight, window);
+  if (needs_input && plain) grad_input = winograd_input_gradient(dz, input, conv_weight, kernel);
   if (needs_weight || (needs_input && !grad_input.has_value())) {
     const auto [other_input, other_weight] =
         convolution_gradients(dz, input, conv_weight, stride, padding, dilation, groups,
@@ -421,7 +523,9 @@ std::tuple<Tensor, Tensor> conv_backward(bool overwrite, Tensor z, OptionalTenso
     if (!grad_input.has_value()) grad_input = other_input;
     if (needs_weight) grad_weight = other_weight;
   }
-  return {*grad_input, grad_weight};
+  if (grad_residual.has_value() && layout != result_layout(z))
+    grad_residual = dense_copy(*grad_residual, result_layout(z));
+  return {grad_input.value_or(none()), grad_weight, grad_residual.value_or(none())};
 }
 
 using ConvBackward = BackwardForm<&conv_backward, false>;

@@ -37,10 +37,48 @@ struct Channels {
 
 constexpr int64_t kIgnoredTarget = -100;  // of a sample that cross-entropy leaves out, as in PyTorch
 
-struct Activation {
-  bool relu;              // negative_slope is 0 and -inf maps to 0
-  double negative_slope;  // 1 is the identity
+enum class ActivationKind {
+  kReLU,
+  kLeakyReLU,  // the identity, too
+  kPReLU,
+  kRReLU,
+  kReLU6,
+  kTanh,
+  kSigmoid,
+  kSiLU,
+  kGELU,
+  kGELUTanh,
+  kHardswish
 };
+
+struct Activation {
+  ActivationKind kind;
+  double negative_slope;  // of kLeakyReLU; 1 is the identity.  Of kRReLU the least one
+  double upper_slope;     // of kRReLU the largest one
+};
+
+enum class Pooling { kNone, kMax, kAverage };
+
+// What else may stand between batch norm and y.  The kernels for the common case, a ReLU with a fixed slope and nothing
+// else, know nothing of it.
+struct Extension {
+  const void* residual;  // of z's shape and type, added before the activation, or null
+  Strides residual_strides;
+  const void* slopes;    // kPReLU: [C] of A
+  const int64_t* seed;   // kRReLU: one value, on the device of the map
+  Strides noise;         // kRReLU: number of an element, of which with the seed its slope is made
+  int64_t first_noise;
+  Pooling pooling;
+  int64_t window_h, window_w;  // size and stride of the windows of z that y is pooled from; 1 without pooling
+  int64_t pooled_h, pooled_w;  // size of y: that of z without pooling
+  int64_t channel_step;        // between channels of y, moments and sums: 1 but for space_to_depth
+};
+
+// Whether the kernels for the common case do.
+inline bool is_extended(const Activation& a, const Extension& e) {
+  const bool fixed_slope = a.kind == ActivationKind::kReLU || a.kind == ActivationKind::kLeakyReLU;
+  return !fixed_slope || e.residual != nullptr || e.pooling != Pooling::kNone || e.channel_step != 1;
+}
 
 // Pass 1: blocks of the map -> mean and sum of squared deviations of each block.  The mean is block_mean +
 // block_mean_rest: in A alone its rounding would spoil the variance between blocks where the mean is large.
@@ -55,7 +93,8 @@ struct StatisticsParams {
   void* block_m2;         // [blocks, C] of A
 };
 
-// Pass 2: y = act(gamma*xhat + beta) and, per sample, cell and channel, the sums that loss and backward need.
+// Pass 2: y = pool(act(gamma*xhat + beta + residual)) and, per sample, cell of y and channel, the sums that loss and
+// backward need.
 struct ApplyParams {
   Map map;
   int64_t bins_h, bins_w;
@@ -65,12 +104,13 @@ struct ApplyParams {
   Strides y_strides;
   Channels channels;
   Activation activation;
+  Extension extension;
   void* m1;               // [N, C, bins_h, bins_w] of A in the map's layout, or null: no moments
   void* m2;               // or null: no second moment
-  void* sums;             // A0, A1 and, for the second moment, B0, B1, each laid out as m1
+  void* sums;  // A0, A1 and, for the second moment, B0, B1; for kPReLU then C0 and C1; each laid out as m1
 };
 
-// Backward 1a: dense part, blocks of the map -> sum of s*g and of s*g*xhat per block.
+// Backward 1a: dense part, blocks of the map -> sum of s*g, of s*g*xhat and, for kPReLU, of g*dy/dslope per block.
 struct DenseSumsParams {
   Map map;
   const void* z;
@@ -79,22 +119,27 @@ struct DenseSumsParams {
   Strides grad_y_strides;
   Channels channels;
   Activation activation;
-  void* block_dbeta;      // [blocks, C] of A
-  void* block_dgamma;     // [blocks, C] of A
+  Extension extension;
+  void* block_dbeta;  // [blocks, C] of A
+  void* block_dgamma;  // [blocks, C] of A
+  void* block_dslope;  // [blocks, C] of A, or null
 };
 
-// Backward 1b: affine part, dbeta = sum p*A0 + 2*q*B0, dgamma = sum p*A1 + 2*q*B1 over samples and cells.
+// Backward 1b: affine part, dbeta = sum p*A0 + 2*q*B0, dgamma = sum p*A1 + 2*q*B1, dslope = sum p*C0 + 2*q*C1 over
+// samples and cells.
 struct CellSumsParams {
-  Map map;
+  Map map;  // of the moments' channels
   int64_t bins_h, bins_w;
-  const void* p;          // dL/dm1 laid out as m1, or null
-  const void* q;          // dL/dm2, or null
+  const void* p;  // dL/dm1 laid out as m1, or null
+  const void* q;  // dL/dm2, or null
   const void* sums;
-  double* dbeta;          // [C], added to
-  double* dgamma;         // [C], added to
+  int64_t slope_sums;  // which of the sums is C0
+  double* dbeta;  // [C], added to
+  double* dgamma;  // [C], added to
+  double* dslope;  // [C], added to, or null
 };
 
-// Backward 2: dz, possibly in place over z.
+// Backward 2: dz, possibly in place over z, and the gradient of the residual.
 struct InputGradientParams {
   Map map;
   int64_t bins_h, bins_w;
@@ -102,14 +147,17 @@ struct InputGradientParams {
   Strides z_strides;
   void* dz;
   Strides dz_strides;
-  const void* grad_y;     // or null
+  void* dresidual;  // or null
+  Strides dresidual_strides;
+  const void* grad_y;  // or null
   Strides grad_y_strides;
-  const void* p;          // or null
-  const void* q;          // or null
+  const void* p;  // or null
+  const void* q;  // or null
   Channels channels;
-  const void* scaled_mean_dbeta;   // [C] of A: gamma*rstd * dbeta/M, zero with fixed statistics
+  const void* scaled_mean_dbeta;  // [C] of A: gamma*rstd * dbeta/M, zero with fixed statistics
   const void* scaled_mean_dgamma;  // [C] of A
   Activation activation;
+  Extension extension;
 };
 
 // Kernel of a convolution and how it moves.
@@ -122,12 +170,12 @@ struct Window {
 // pixels of dz[k] * x[c].  dz is formed in cache, a few rows at a time, and never written to memory.
 struct WeightGradientParams {
   InputGradientParams gradient;  // dz is not used
-  const void* x;                 // [N, C_in, H_in, W_in], channels_last
+  const void* x;  // [N, C_in, H_in, W_in], channels_last
   Shape x_shape;
   Strides x_strides;
   Window window;
-  int64_t chunks;                // the samples are cut into so many parts, each with its own dw
-  bool winograd;                 // by transformed tiles, see WinogradParams
+  int64_t chunks;  // the samples are cut into so many parts, each with its own dw
+  bool winograd;  // by transformed tiles, see WinogradParams
 };
 
 // Convolution z of x with a 3x3 kernel, stride 1 and without groups, channels_last, by tiles that are transformed; for
@@ -143,8 +191,8 @@ struct WinogradParams {
   const void* w;  // [C_out, C_in, 3, 3] in the dtype of z
   Strides w_strides;
   int64_t channel_begin, channel_end;  // output channels, whole blocks of them
-  float* weights;                      // theirs, transformed; see winograd.h
-  void* block_mean;                    // as in StatisticsParams, [groups * group_blocks, C], or null: no statistics
+  float* weights;  // theirs, transformed; see winograd.h
+  void* block_mean;  // as in StatisticsParams, [groups * group_blocks, C], or null: no statistics
   void* block_mean_rest;
   void* block_m2;
 };

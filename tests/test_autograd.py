@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from layerwise_ext import _ops, functional
+from layerwise_ext._ops import Form
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -65,20 +66,20 @@ def _arguments() -> dict[str, tuple[Any, ...]]:
     x = torch.randn(2, 3, 5, 6).contiguous(memory_format=torch.channels_last)
     w, gamma, beta = torch.randn(4, 3, 3, 3), torch.rand(4), torch.randn(4)
     without = (None, None)  # no running statistics
-    form = (1e-5, "relu", 0.0, [2, 3])
+    form = Form(bins=[2, 3])
     convolution = ([1, 1], [1, 1], [1, 1], 1)
     _, m1, m2, sums, mean, var = operators.bn_act_moments(z, gamma, beta, None, None, *form, True)
     gradients = (torch.randn_like(z), torch.randn_like(m1), torch.randn_like(m2))
-    dgamma, dbeta = operators.bn_act_moments_backward_sums(z, *gradients, sums, mean, var, gamma, beta, *form)
+    dgamma, dbeta, _ = operators.bn_act_moments_backward_sums(z, *gradients, sums, mean, var, gamma, beta, *form)
     backward = (z, *gradients, dgamma, dbeta, mean, var, gamma, beta, *form, 60.0)
     return {
         "batch_norm_statistics": (z,),
         "bn_act_moments": (z.clone().requires_grad_(), gamma.clone().requires_grad_(), beta, *without, *form, True),
         "conv_bn_act_moments": (x, w.clone().requires_grad_(), None, gamma, beta, *without, *convolution, *form, False),
         "bn_act_moments_backward_sums": (z, *gradients, sums, mean, var, gamma, beta, *form),
-        "bn_act_moments_backward": backward,
-        "conv_bn_act_moments_backward": (*backward, x, w, *convolution, True, True),
-        "conv_bn_act_moments_backward_": (z.clone(), *backward[1:], x, w, *convolution, False, True),
+        "bn_act_moments_backward": (*backward, False),
+        "conv_bn_act_moments_backward": (*backward, x, w, *convolution, True, True, False),
+        "conv_bn_act_moments_backward_": (z.clone(), *backward[1:], x, w, *convolution, False, True, False),
         "update_running_statistics_": (torch.zeros(4), torch.ones(4), mean, var, None, 60, 0.1),
     }
 
@@ -86,6 +87,63 @@ def _arguments() -> dict[str, tuple[Any, ...]]:
 @pytest.mark.parametrize("name", _arguments())
 def test_opcheck(name: str) -> None:
     torch.library.opcheck(getattr(operators, name).default, _arguments()[name])
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["channels_last", "contiguous"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        Form(bins=[2, 3], downsample="max", window=[2, 2]),
+        Form(bins=[3, 2], downsample="avg", window=[2, 3], ceil_mode=True, activation="gelu"),
+        Form(bins=[2, 2], downsample="space_to_depth", window=[3, 2], activation="prelu"),
+        Form(activation="rrelu", negative_slope=0.1, seed=torch.tensor([7])),
+    ],
+    ids=lambda form: form.downsample,
+)
+def test_opcheck_of_extended_forms(form: Form, layout: torch.memory_format) -> None:
+    z, residual = (torch.randn(2, 4, 6, 7 - (form.window == [3, 2])).contiguous(memory_format=layout) for _ in range(2))
+    slope = torch.rand(4) if form.activation == "prelu" else None
+    form = form._replace(slope=slope, residual=residual)
+    trained = form._replace(
+        slope=None if slope is None else slope.clone().requires_grad_(), residual=residual.clone().requires_grad_()
+    )
+    gamma, beta = torch.rand(4), torch.randn(4)
+    moments = (z.clone().requires_grad_(), gamma, beta, None, None, *trained, bool(form.bins))
+    torch.library.opcheck(operators.bn_act_moments.default, moments)
+    y, m1, m2, sums, mean, var = operators.bn_act_moments(z, gamma, beta, None, None, *form, True)
+    gradients = (torch.randn_like(y), *((torch.randn_like(m1), torch.randn_like(m2)) if form.bins else (None, None)))
+    torch.library.opcheck(
+        operators.bn_act_moments_backward_sums.default, (z, *gradients, sums, mean, var, gamma, beta, *form)
+    )
+    dgamma, dbeta, _ = operators.bn_act_moments_backward_sums(z, *gradients, sums, mean, var, gamma, beta, *form)
+    backward = (z, *gradients, dgamma, dbeta, mean, var, gamma, beta, *form, 60.0)
+    torch.library.opcheck(operators.bn_act_moments_backward.default, (*backward, True))
+    x, w = torch.randn(2, 3, 6, z.size(3)).contiguous(memory_format=layout), torch.randn(4, 3, 3, 3)
+    convolution = ([1, 1], [1, 1], [1, 1], 1)
+    torch.library.opcheck(
+        operators.conv_bn_act_moments.default,
+        (x, w.clone().requires_grad_(), None, gamma, beta, None, None, *convolution, *trained, True),
+    )
+    torch.library.opcheck(
+        operators.conv_bn_act_inference.default, (x, w, None, gamma, beta, mean, var, *convolution, *form)
+    )
+    for needs in ((True, True, True), (False, True, False), (False, False, True)):
+        torch.library.opcheck(operators.conv_bn_act_moments_backward.default, (*backward, x, w, *convolution, *needs))
+
+
+@pytest.mark.parametrize("downsample", [None, ("max", 2), ("avg", (2, 3)), ("space_to_depth", 2)], ids=str)
+@pytest.mark.parametrize("activation", ["relu", "prelu", "silu", "gelu", "tanh"])
+def test_gradcheck_of_extended_forms(activation: str, downsample: Any) -> None:
+    torch.manual_seed(0)
+    z, residual, slope = doubles(2, 3, 4, 6).requires_grad_(), doubles(2, 3, 4, 6).requires_grad_(), None
+    if activation == "prelu":
+        slope = torch.tensor([0.25], dtype=torch.float64, requires_grad=True)
+
+    def function(z: Tensor, residual: Tensor, slope: Tensor | None) -> Any:
+        options = {"activation": activation, "downsample": downsample, "slope": slope, "residual": residual}
+        return functional.bn_act_moments(z, training=True, bins=(2, 1), **options)
+
+    assert torch.autograd.gradcheck(function, (z, residual, slope), check_undefined_grad=False)
 
 
 # -- Saved tensors ----------------------------------------------------------------------------------------------------
@@ -243,7 +301,7 @@ def test_sums_are_given_back_unless_somebody_holds_them(held: bool, monkeypatch:
     monkeypatch.setattr(_ops, "_is_last_reader", watch)
     monkeypatch.setattr(_ops, "_OWN_REFERENCES", _ops._OWN_REFERENCES + 1)  # that of watch
     stage = Stage()
-    form = ([1, 1], [1, 1], [1, 1], 1, 1e-5, "relu", 0.0, [2, 2], True)
+    form = ([1, 1], [1, 1], [1, 1], 1, *Form(bins=[2, 2]), True)
     _, m1, _, sums, *_ = operators.conv_bn_act_moments(stage.x, stage.w, *([None] * 5), *form)
     before, view = sums.clone(), sums[5:] if held else None
     del sums
@@ -290,12 +348,12 @@ def test_layout_of_the_input_gradient_is_that_of_tracing() -> None:
     strides = []
     for tracing in (False, True):
         with FakeTensorMode(allow_non_fake_inputs=True) if tracing else contextlib.nullcontext():
-            form = ([1, 1], [0, 0], [1, 1], 1, 1e-5, "relu", 0.0, [1, 1])
+            form = ([1, 1], [0, 0], [1, 1], 1, *Form(bins=[1, 1]))
             none, channels = (None, None), torch.ones(32)
             z = torch.randn(200, 32, 1, 1).to(torch.bfloat16)
             p = torch.randn(200, 32, 1, 1)
             arguments = (z, None, p, None, channels, channels, channels, channels, *none, *form[4:], 200.0, x, w)
-            gradient, _ = operators.conv_bn_act_moments_backward(*arguments, *form[:4], True, True)
+            gradient, *_ = operators.conv_bn_act_moments_backward(*arguments, *form[:4], True, True, False)
             strides.append(gradient.stride())
     assert strides[0] == strides[1]
 
@@ -320,7 +378,7 @@ def test_no_gradient_of_the_input_unless_needed(needs_input: bool) -> None:
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if "conv_bn_act_moments_backward" in func.name():
-                flags.append(args[-2])
+                flags.append(args[-3])
             return func(*args, **(kwargs or {}))
 
     stage = Stage()

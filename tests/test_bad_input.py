@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from layerwise_ext import _C, functional
+from layerwise_ext._ops import Form
 
 Z = torch.randn(2, 4, 5, 6)
 W = torch.randn(8, 4, 3, 3)
@@ -43,7 +44,7 @@ def documented_error(message: str) -> type[Exception]:
     ({"momentum": float("nan")}, "momentum must lie between"),
     ({"eps": -1e-5}, "eps must be at least 0"),
     ({"eps": float("nan")}, "eps must be at least 0"),
-    ({"activation": "gelu"}, "activation must be 'relu', 'leaky_relu' or 'identity', got 'gelu'"),
+    ({"activation": "softmax"}, "activation must be one of .*got 'softmax'"),
     ({"negative_slope": float("inf")}, "negative_slope must be finite"),
 ], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
 def test_bn_act_moments(change: dict[str, Any], message: str) -> None:
@@ -136,5 +137,5 @@ def test_moment_gradients_need_bins() -> None:
     mean, sums = torch.zeros(4), torch.zeros(0)
     with pytest.raises(RuntimeError, match="must not be given without bins"):
         torch.ops.layerwise_ext.bn_act_moments_backward_sums(
-            Z, None, torch.tensor(0.0), None, sums, mean, mean, None, None, 1e-5, "relu", 0.0, []
+            Z, None, torch.tensor(0.0), None, sums, mean, mean, None, None, *Form()
         )

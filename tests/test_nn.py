@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from typing import Any
 
 import backends
 import pytest
 import torch
 import torch.nn.functional as F
-from layerwise_ext.nn import ConvBNReLU2d, LocalHead, PooledLinearHead, PooledMoments
+from layerwise_ext import functional
+from layerwise_ext.nn import AcceleratedDownsample2d, ConvBNReLU2d, LocalHead, PooledLinearHead, PooledMoments
 from torch import nn
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}  # everything here is float64 unless said otherwise
@@ -170,6 +172,107 @@ def test_from_modules_shares_and_to_modules_gives_back() -> None:
     assert bn.num_batches_tracked == 1
 
 
+ACTIVATIONS = [
+    nn.ReLU(), nn.LeakyReLU(0.2), nn.Identity(), nn.PReLU(), nn.PReLU(6, init=0.1), nn.RReLU(0.1, 0.3), nn.ReLU6(),
+    nn.Tanh(), nn.Sigmoid(), nn.SiLU(), nn.GELU(), nn.GELU("tanh"), nn.Hardswish(),
+]  # fmt: skip
+DOWNSAMPLES = [None, ("max", 2), ("avg", (2, 3)), ("stride", 2), ("space_to_depth", (1, 2))]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_every_activation_equals_its_module(activation: nn.Module, training: bool) -> None:
+    torch.manual_seed(0)
+    conv, bn = nn.Conv2d(4, 6, 3, dtype=torch.float64), nn.BatchNorm2d(6, dtype=torch.float64)
+    act = copy.deepcopy(activation).double()
+    layer = randomise(ConvBNReLU2d.from_modules(conv, bn, act)).train(training)
+    if isinstance(act, nn.PReLU):
+        assert [name for name, _ in layer.named_parameters()][-1] == "act.weight"
+        sequential = {"conv": "0", "bn": "1", "act": "2"}
+        state = layer.state_dict().items()
+        layer.load_state_dict({sequential[key.split(".")[0]] + key[key.index(".") :]: value for key, value in state})
+    peer = plain(layer)
+    x = torch.randn(3, 4, 8, 8, dtype=torch.float64)
+    torch.manual_seed(1)
+    y = layer(x)
+    if isinstance(act, nn.RReLU) and training:
+        u = peer[1](peer[0](x))
+        slopes = y / u
+        torch.testing.assert_close(slopes[u > 0], torch.ones_like(slopes[u > 0]))
+        assert ((slopes[u < 0] > 0.1) & (slopes[u < 0] < 0.3)).all()
+        return
+    torch.testing.assert_close(y, peer(x), **TOLERANCE)
+    for ours, theirs in zip(gradients(layer, y), gradients(peer, peer(x)), strict=True):
+        torch.testing.assert_close(ours, theirs, **TOLERANCE)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("downsample", DOWNSAMPLES, ids=str)
+def test_downsampling_and_residual_equal_modules(downsample: Any, memory_format: Any, training: bool) -> None:
+    torch.manual_seed(0)
+    layer = randomise(ConvBNReLU2d(4, 6, 3, padding=1, dtype=torch.float64, downsample=downsample)).train(training)
+    conv, bn, act, *pool = plain(layer)
+    x = torch.randn(3, 4, 8, 12, dtype=torch.float64).contiguous(memory_format=memory_format)
+    residual = torch.randn_like(conv(x)).requires_grad_()
+    y = layer(x, residual)
+    expected = nn.Sequential(*pool)(act(bn(conv(x)) + residual))
+    assert y.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close(y, expected, **TOLERANCE)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+    ours = torch.autograd.grad((y * weights).sum(), [*layer.parameters(), residual])
+    theirs = torch.autograd.grad((expected * weights).sum(), [*conv.parameters(), *bn.parameters(), residual])
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, **TOLERANCE)
+    for one, other in zip(layer.buffers(), bn.buffers(), strict=True):
+        torch.testing.assert_close(one, other, **TOLERANCE)
+    moments = layer.eval().forward_moments(x, (2, 2), residual=residual)
+    area = functional.cell_area(moments[0].shape[2:], (2, 2))
+    torch.testing.assert_close(moments[1], F.adaptive_avg_pool2d(moments[0], 2) * area, **TOLERANCE)
+
+
+def test_residual_under_autocast() -> None:
+    layer = ConvBNReLU2d(4, 8, 3, padding=1)
+    x, residual = torch.randn(2, 4, 6, 6), torch.randn(2, 8, 6, 6, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x, residual)
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert residual.grad is not None and residual.grad.dtype == torch.float32
+    with pytest.raises(RuntimeError, match="residual must have shape"):
+        layer(x, residual.bfloat16())
+
+
+@pytest.mark.parametrize("mode", ["max", "avg", "stride", "space_to_depth"])
+def test_downsample_stands_alone(mode: str) -> None:
+    x = torch.randn(2, 3, 6, 9).contiguous(memory_format=torch.channels_last)
+    layer = AcceleratedDownsample2d(mode, (2, 3))
+    y = layer(x)
+    square = AcceleratedDownsample2d(mode, 3)(x)
+    expected = {
+        "max": lambda: F.max_pool2d(x, 3),
+        "avg": lambda: F.avg_pool2d(x, 3),
+        "stride": lambda: x[..., ::3, ::3],
+        "space_to_depth": lambda: F.pixel_unshuffle(x, 3),
+    }[mode]()
+    assert torch.equal(square, expected)
+    assert y.shape == (2, 18 if mode == "space_to_depth" else 3, 3, 3)
+    if mode == "space_to_depth":
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(layer.inverse(y), x)
+        with pytest.raises(ValueError, match="multiple of 6 channels"):
+            layer.inverse(x)
+        with pytest.raises(ValueError, match=r"size is a multiple of \(2, 3\), got \[2, 3, 6, 8\]"):
+            layer(x[..., :8])
+    else:
+        with pytest.raises(ValueError, match="only 'space_to_depth' has an inverse"):
+            layer.inverse(y)
+    if mode in ("max", "avg"):
+        assert AcceleratedDownsample2d(mode, 4, ceil_mode=True)(x).shape == (2, 3, 2, 3)
+    with pytest.raises(ValueError, match="downsample mode is 'mean'"):
+        AcceleratedDownsample2d("mean")
+
+
 def test_from_modules_refuses_what_it_would_change() -> None:
     conv, bn = nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)
 
@@ -177,8 +280,10 @@ def test_from_modules_refuses_what_it_would_change() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return 2 * super().forward(x)
 
-    with pytest.raises(TypeError, match="act is GELU"):
-        ConvBNReLU2d.from_modules(conv, bn, nn.GELU())
+    with pytest.raises(TypeError, match=r"act is Softplus; allowed: nn.ReLU, .*nn.Hardswish, None"):
+        ConvBNReLU2d.from_modules(conv, bn, nn.Softplus())
+    with pytest.raises(ValueError, match=r"nn\.PReLU with 2 slopes; allowed: 1 or 3"):
+        ConvBNReLU2d.from_modules(conv, bn, nn.PReLU(2))
     with pytest.raises(TypeError, match="conv is Scaled"):
         ConvBNReLU2d.from_modules(Scaled(2, 3, 3), bn)
     with pytest.raises(TypeError, match="bn is SyncBatchNorm"):
@@ -209,8 +314,8 @@ def test_copies_and_pickles() -> None:
 
 
 def test_bad_layer_arguments() -> None:
-    with pytest.raises(ValueError, match="activation is 'gelu'; allowed: 'relu'"):
-        ConvBNReLU2d(2, 3, 3, activation="gelu")
+    with pytest.raises(ValueError, match="activation is 'elu'; allowed: 'relu'"):
+        ConvBNReLU2d(2, 3, 3, activation="elu")
     with pytest.raises(ValueError, match="padding='same' is not supported for strided"):
         ConvBNReLU2d(2, 3, 3, padding="same", stride=2)
     with pytest.raises(TypeError):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from layerwise_ext import _C, functional
+from layerwise_ext._ops import Form
 from torch import Tensor
 
 
@@ -42,9 +43,11 @@ def fused_weight_gradient(layout: torch.memory_format, dtype: torch.dtype) -> li
         .contiguous(memory_format=layout)
     )
     mean, var = operators.batch_norm_statistics(z)
-    rest = (None, None, 1e-5, "relu", 0.0, [4, 4], 1000.0, x, torch.empty(64, 32, 3, 3), [1, 1], [1, 1], [1, 1], 1)
+    rest = (None, None, *Form(bins=[4, 4]), 1000.0, x, torch.empty(64, 32, 3, 3), [1, 1], [1, 1], [1, 1], 1)
     zero = torch.zeros(64)
-    return list(operators.conv_bn_act_moments_backward(z, None, p, None, zero, zero, mean, var, *rest, False, True))
+    return list(
+        operators.conv_bn_act_moments_backward(z, None, p, None, zero, zero, mean, var, *rest, False, True, False)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -6,6 +6,8 @@
 
 namespace layerwise::cpu {
 
+static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // channels_last: a block is a run of pixels that are equally spaced in memory; about kBlockBytes, so that its second
 // reading comes from the L2 cache.  contiguous: a block is one plane (n, c), and all channels of a sample share an index.
 struct Blocks {
@@ -64,6 +66,11 @@ static inline Block block_at(const Blocks& b, int64_t index) {
 // Elements per channel in block `index`, either layout.
 static inline int64_t block_elements(const Map& map, const Blocks& b, int64_t index) {
   return map.layout == Layout::kContiguous ? b.block_length : block_at(b, index).length;
+}
+
+// Rows of y to a block in the extended form, channels_last.
+static inline int64_t extended_rows(const Extension& x) {
+  return x.pooled_w < kBlockLength ? kBlockLength / x.pooled_w : 1;
 }
 
 // The weight gradient cuts the output channels into blocks, of which the last may be shorter by multiples of

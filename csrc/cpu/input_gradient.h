@@ -1,6 +1,7 @@
 // Gradient of the pre-activation: dz = gamma*rstd * (du - dbeta/M - xhat*dgamma/M).
 #pragma once
 
+#include "extended.h"
 #include "kernel_common.h"
 
 namespace layerwise::cpu::LAYERWISE_ISA {
@@ -137,17 +138,36 @@ void input_gradient_contiguous(const InputGradientParams& p, int64_t begin, int6
 
 // -- dz where it is needed, instead of in memory -----------------------------------------------------------------------
 
+template <class T, class A, class Target, bool kReLU, bool kQ, bool kDense>
+void input_gradient_range(const InputGradientParams& p, int64_t n, int64_t h_begin, int64_t h_end, int64_t c_begin,
+                          int64_t c_end, Target* target, int64_t target_row, int64_t target_pixel) {
+  for (int64_t s = 0; s < segment_count(p.bins_h); ++s) {
+    Segment rows = segment(s, p.map.shape.h, p.bins_h);
+    if (rows.begin < h_begin) rows.begin = h_begin;
+    if (rows.end > h_end) rows.end = h_end;
+    if (rows.begin >= rows.end) continue;
+    input_gradient_rows<T, A, Target, kReLU, kQ, kDense>(
+        p, n, rows, c_begin, c_end, target + (rows.begin - h_begin) * target_row, target_row, target_pixel);
+  }
+}
+
+// dz of rows [h_begin, h_end) of sample n and of channels [c_begin, c_end), written to `target`, whose first element is
+// that of channel c_begin of the pixel (h_begin, 0).
 template <class Target>
-using FormRows = void (*)(const InputGradientParams&, int64_t n, const Segment& rows, int64_t c_begin, int64_t c_end,
-                          Target* target, int64_t target_row, int64_t target_pixel);
+using FormRows = void (*)(const InputGradientParams&, int64_t n, int64_t h_begin, int64_t h_end, int64_t c_begin,
+                          int64_t c_end, Target* target, int64_t target_row, int64_t target_pixel);
 
 template <class T, class Target>
 FormRows<Target> choose_form(const InputGradientParams& p) {
   FormRows<Target> form = nullptr;
-  for_bool(p.activation.relu, [&](auto relu) {
+  for_bool(p.activation.kind == ActivationKind::kReLU, [&](auto relu) {
+    if (is_extended(p.activation, p.extension)) {
+      form = extended_gradient_rows<T, float, Target, relu.value>;
+      return;
+    }
     for_bool(p.q != nullptr, [&](auto q) {
       for_bool(p.grad_y != nullptr,
-               [&](auto dense) { form = input_gradient_rows<T, float, Target, relu.value, q.value, dense.value>; });
+               [&](auto dense) { form = input_gradient_range<T, float, Target, relu.value, q.value, dense.value>; });
     });
   });
   return form;
@@ -157,14 +177,7 @@ FormRows<Target> choose_form(const InputGradientParams& p) {
 template <class Target>
 void form_dz(const InputGradientParams& g, FormRows<Target> form, int64_t n, int64_t h_begin, int64_t h_end,
              int64_t c_begin, int64_t block, Target* dz) {
-  const Shape& shape = g.map.shape;
-  for (int64_t s = 0; s < segment_count(g.bins_h); ++s) {
-    Segment rows = segment(s, shape.h, g.bins_h);
-    if (rows.begin < h_begin) rows.begin = h_begin;
-    if (rows.end > h_end) rows.end = h_end;
-    if (rows.begin >= rows.end) continue;
-    form(g, n, rows, c_begin, c_begin + block, dz + (rows.begin - h_begin) * shape.w * block, shape.w * block, block);
-  }
+  form(g, n, h_begin, h_end, c_begin, c_begin + block, dz, g.map.shape.w * block, block);
 }
 
 }  // namespace

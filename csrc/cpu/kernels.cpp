@@ -6,6 +6,7 @@
 #include "kernels.h"
 
 #include "blocks.h"
+#include "extended.h"
 #include "input_gradient.h"
 #include "kernel_common.h"
 #include "statistics.h"
@@ -273,7 +274,8 @@ void cell_sums(const CellSumsParams& p, int64_t begin, int64_t end) {
   const int64_t cells = p.bins_h * p.bins_w;
   const int64_t plane = shape.n * shape.c * cells;
   const A* a0 = static_cast<const A*>(p.sums);
-  const auto add = [&](const void* gradient, double factor, const A* zeroth, const A* first) {
+  // Both sums times a gradient, and of a learned slope the third.
+  const auto add = [&](const void* gradient, double factor, const A* zeroth, const A* first, const A* slopes) {
     if (gradient == nullptr) return;
     const A* g = static_cast<const A*>(gradient);
     if (p.map.layout == Layout::kContiguous) {
@@ -283,6 +285,7 @@ void cell_sums(const CellSumsParams& p, int64_t begin, int64_t end) {
           for (int64_t k = row; k < row + cells; ++k) {
             p.dbeta[c] += factor * g[k] * zeroth[k];
             p.dgamma[c] += factor * g[k] * first[k];
+            if (p.dslope != nullptr) p.dslope[c] += factor * g[k] * slopes[k];
           }
         }
       }
@@ -293,11 +296,16 @@ void cell_sums(const CellSumsParams& p, int64_t begin, int64_t end) {
           p.dbeta[c] += factor * g[k] * zeroth[k];
           p.dgamma[c] += factor * g[k] * first[k];
         }
+        for (int64_t c = begin; p.dslope != nullptr && c < end; ++c) {
+          const int64_t k = row * shape.c + c;
+          p.dslope[c] += factor * g[k] * slopes[k];
+        }
       }
     }
   };
-  add(p.p, 1, a0, a0 + plane);
-  add(p.q, 2, a0 + 2 * plane, a0 + 3 * plane);
+  const A* c0 = a0 + p.slope_sums * plane;
+  add(p.p, 1, a0, a0 + plane, c0);
+  add(p.q, 2, a0 + 2 * plane, a0 + 3 * plane, c0 + plane);
 }
 
 // -- Dispatch on dtype, layout and form -----------------------------------------------------------------------------
@@ -317,7 +325,14 @@ void apply(const ApplyParams& p, int64_t begin, int64_t end) {
   for_dtype(p.map.dtype, [&](auto element) {
     using T = decltype(element);
     using A = typename ComputeType<T>::type;
-    for_bool(p.activation.relu, [&](auto relu) {
+    for_bool(p.activation.kind == ActivationKind::kReLU, [&](auto relu) {
+      if (is_extended(p.activation, p.extension)) {
+        if (p.map.layout == Layout::kChannelsLast)
+          extended_apply_channels_last<T, A, relu.value>(p, begin, end);
+        else
+          extended_apply_contiguous<T, A, relu.value>(p, begin, end);
+        return;
+      }
       for_bool(p.m1 != nullptr, [&](auto moments) {
         for_bool(p.m2 != nullptr, [&](auto second) {
           constexpr bool kSecond = moments.value && second.value;
@@ -335,8 +350,13 @@ void dense_sums(const DenseSumsParams& p, int64_t begin, int64_t end) {
   for_dtype(p.map.dtype, [&](auto element) {
     using T = decltype(element);
     using A = typename ComputeType<T>::type;
-    for_bool(p.activation.relu, [&](auto relu) {
-      if (p.map.layout == Layout::kChannelsLast)
+    const bool extended = is_extended(p.activation, p.extension);
+    for_bool(p.activation.kind == ActivationKind::kReLU, [&](auto relu) {
+      if (extended && p.map.layout == Layout::kChannelsLast)
+        extended_sums_channels_last<T, A, relu.value>(p, begin, end);
+      else if (extended)
+        extended_sums_contiguous<T, A, relu.value>(p, begin, end);
+      else if (p.map.layout == Layout::kChannelsLast)
         dense_sums_channels_last<T, A, relu.value>(p, begin, end);
       else
         dense_sums_contiguous<T, A, relu.value>(p, begin, end);
@@ -355,7 +375,14 @@ void input_gradient(const InputGradientParams& p, int64_t begin, int64_t end) {
   for_dtype(p.map.dtype, [&](auto element) {
     using T = decltype(element);
     using A = typename ComputeType<T>::type;
-    for_bool(p.activation.relu, [&](auto relu) {
+    for_bool(p.activation.kind == ActivationKind::kReLU, [&](auto relu) {
+      if (is_extended(p.activation, p.extension)) {
+        if (p.map.layout == Layout::kChannelsLast)
+          extended_gradient_channels_last<T, A, relu.value>(p, begin, end);
+        else
+          extended_gradient_contiguous<T, A, relu.value>(p, begin, end);
+        return;
+      }
       for_bool(p.q != nullptr, [&](auto q) {
         for_bool(p.grad_y != nullptr, [&](auto dense) {
           if (p.map.layout == Layout::kChannelsLast)

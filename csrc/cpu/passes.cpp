@@ -88,17 +88,27 @@ void apply(const ApplyParams& p, const ParallelFor& parallel_for) {
   run(kernels().apply, p, p.map.layout == Layout::kChannelsLast ? s.n * p.bins_h : s.n * s.c, parallel_for);
 }
 
-void dense_sums(DenseSumsParams p, double* dbeta, double* dgamma, const ParallelFor& parallel_for) {
-  const Blocks blocks = make_blocks(p.map, p.z_strides, p.grad_y_strides);
+void dense_sums(DenseSumsParams p, double* dbeta, double* dgamma, double* dslope, const ParallelFor& parallel_for) {
   const int64_t channels = p.map.shape.c;
-  Partials block_dbeta(p.map, blocks.count * channels), block_dgamma(p.map, blocks.count * channels);
+  int64_t blocks, tasks;
+  if (is_extended(p.activation, p.extension) && p.map.layout == Layout::kChannelsLast) {
+    blocks = tasks = p.map.shape.n * divide_up(p.extension.pooled_h, extended_rows(p.extension));
+  } else {
+    const Blocks cut = make_blocks(p.map, p.z_strides, p.grad_y_strides);
+    blocks = cut.count;
+    tasks = cut.tasks;
+  }
+  const int64_t size = blocks * channels;
+  Partials block_dbeta(p.map, size), block_dgamma(p.map, size), block_dslope(p.map, dslope == nullptr ? 0 : size);
   p.block_dbeta = block_dbeta.data();
   p.block_dgamma = block_dgamma.data();
-  run(kernels().dense_sums, p, blocks.tasks, parallel_for);
-  for (int64_t b = 0; b < blocks.count; ++b) {
+  p.block_dslope = dslope == nullptr ? nullptr : block_dslope.data();
+  run(kernels().dense_sums, p, tasks, parallel_for);
+  for (int64_t b = 0; b < blocks; ++b) {
     for (int64_t c = 0; c < channels; ++c) {
       dbeta[c] += block_dbeta[b * channels + c];
       dgamma[c] += block_dgamma[b * channels + c];
+      if (dslope != nullptr) dslope[c] += block_dslope[b * channels + c];
     }
   }
 }

@@ -33,8 +33,8 @@ class BatchStatistics {
 
 void apply(const ApplyParams& p, const ParallelFor& parallel_for);
 
-// dbeta and dgamma, [C] each, are added to.  The outputs of p are set here.
-void dense_sums(DenseSumsParams p, double* dbeta, double* dgamma, const ParallelFor& parallel_for);
+// dbeta, dgamma and, if it is not null, dslope, [C] each, are added to.  The outputs of p are set here.
+void dense_sums(DenseSumsParams p, double* dbeta, double* dgamma, double* dslope, const ParallelFor& parallel_for);
 void cell_sums(const CellSumsParams& p, const ParallelFor& parallel_for);
 
 void input_gradient(const InputGradientParams& p, const ParallelFor& parallel_for);

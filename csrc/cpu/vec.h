@@ -153,6 +153,11 @@ LAYERWISE_INLINE void store(BFloat16* target, Vec<float> v, int count) {
 struct Whole {
   static constexpr int kVectors = 1;
 
+  template <class A>
+  static constexpr int size() {
+    return kLanes<A>;
+  }
+
   template <class T, class V>
   __attribute__((always_inline)) void get(const T* source, V (&v)[1]) const {
     v[0] = load(source);
@@ -170,6 +175,11 @@ struct Whole {
 struct Tail {
   static constexpr int kVectors = 1;
   int count;
+
+  template <class A>
+  __attribute__((always_inline)) int size() const {
+    return count;
+  }
 
   template <class T, class V>
   __attribute__((always_inline)) void get(const T* source, V (&v)[1]) const {

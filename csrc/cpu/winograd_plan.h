@@ -33,8 +33,6 @@ struct WinogradPlan {
   int64_t output_pitch;  // the same for one block of output channels
 };
 
-static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 static inline int64_t round_to_lanes(int64_t channels) { return divide_up(channels, kWinogradLanes) * kWinogradLanes; }
 
 // Most output channels of a block.

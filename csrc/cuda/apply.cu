@@ -1,5 +1,5 @@
 // y = act(gamma*xhat + beta), and the sums over cells that loss and backward need, in one pass over z.
-#include "common.h"
+#include "extended.h"
 
 namespace layerwise::cuda {
 namespace {
@@ -110,6 +110,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(I) == 4 ? 2 : 1)
 }  // namespace
 
 void apply(const Apply& p, Stream stream) {
+  if (is_extended(p.norm.activation, p.norm.extension)) return extended_apply(p, stream);
   const Shape& s = p.map.shape;
   with_instance(
       p.map, cells_need_64_bits(p.map),

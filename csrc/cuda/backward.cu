@@ -1,80 +1,47 @@
 // Backward: dgamma and dbeta from the forward pass's sums and from a dense gradient of y, then dz in one pass over z.
-#include "common.h"
+#include "extended.h"
+#include "sums.h"
 
 namespace layerwise::cuda {
 namespace {
 
-constexpr int64_t kCellsOfBlock = 64, kPixelsOfBlock = 512;
-constexpr int kResident = 2;   // blocks that a multiprocessor holds at once
-constexpr int64_t kWaves = 2;  // of those, per piece of channels, where there is enough to do
-
-Cut cut(int64_t rows, int64_t wanted) { return cut_rows(rows, wanted, kWaves * kResident * multiprocessors()); }
-Cut cut_pixels(const Map& map) { return cut(map.shape.n * map.shape.h * map.shape.w, kPixelsOfBlock); }
-Cut cut_cells(const Map& map, int64_t bins_h, int64_t bins_w) {
-  return cut(map.shape.n * bins_h * bins_w, kCellsOfBlock);
-}
-
-// Where blocks leave their sums: [C, blocks, (dgamma, dbeta)], the blocks of cells before those of pixels.
-struct Partial {
-  void* data;
-  int64_t first, blocks;  // of the kernel's own, and all
-};
-
-// Adds up the pairs of a block's threads.
-template <class A, int V>
-LAYERWISE_DEVICE void write_block(A (&dgamma)[V], A (&dbeta)[V], A* shared, const Partial& partial, int64_t block,
-                                  int64_t channels, int64_t chunk, int lanes, const Lane& lane) {
-  const int warp = threadIdx.x / kWarp;
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    const A sums[] = {sum_over_rows(dgamma[v], lanes), sum_over_rows(dbeta[v], lanes)};
-    if (lane.row == 0) {
-      for (int k = 0; k < 2; ++k) shared[2 * ((warp * lanes + lane.x) * V + v) + k] = sums[k];
-    }
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < 2 * lanes * V; i += kThreads) {
-    const int64_t channel = chunk * lanes * V + i / 2;
-    if (channel >= channels) continue;
-    A total = A(0);
-    for (int w = 0; w < kWarps; ++w) total += shared[2 * w * lanes * V + i];
-    static_cast<A*>(partial.data)[2 * (channel * partial.blocks + partial.first + block) + i % 2] = total;
-  }
-}
-
-// dbeta = sum p*A0 + 2*q*B0, dgamma = sum p*A1 + 2*q*B1 over some of the cells.  The sums lie as m1 does.
-template <class A>
+// dbeta = sum p*A0 + 2*q*B0, dgamma = sum p*A1 + 2*q*B1, dslope = sum p*C0 + 2*q*C1 over some of the cells.  The sums lie
+// as m1 does.
+template <class A, int kKinds>
 __global__ void __launch_bounds__(kThreads)
     cell_sums(BackwardSums p, Partial partial, Cut cut, int lanes, int64_t chunks) {
-  LAYERWISE_SHARED(A, shared, 2 * kWarps * kWarp);
-  const Shape& shape = p.map.shape;
+  LAYERWISE_SHARED(A, shared, kKinds * kWarps * kWarp);
+  const Shape& shape = p.moments.shape;
   const int64_t chunk = blockIdx.x % chunks, block = blockIdx.x / chunks;
   const Lane lane = lane_of(threadIdx.x, lanes);
-  const int64_t c = chunk * lanes + lane.x, cells = p.bins_h * p.bins_w;
+  const int64_t c = chunk * lanes + lane.x, cells = shape.h * shape.w;
   const int64_t begin = cut.begin(block), end = cut.end(block);
   const int64_t plane = shape.n * cells * shape.c;
   const A* sums = static_cast<const A*>(p.sums);
-  A dgamma[1] = {}, dbeta[1] = {};
+  const A* slopes = sums + p.slope_sums * plane;
+  A values[kKinds][1] = {};
   for (int64_t row = begin + threadIdx.x / kWarp * lane.rows + lane.row; row < end && c < shape.c;
        row += lane.rows * kWarps) {
     int64_t at = row * shape.c + c;  // in channels_last
-    if (p.map.layout == Layout::kContiguous) at = row / cells * cells * shape.c + c * cells + row % cells;
+    if (p.moments.layout == Layout::kContiguous) at = row / cells * cells * shape.c + c * cells + row % cells;
     const A value = p.p == nullptr ? A(0) : static_cast<const A*>(p.p)[at];
-    dbeta[0] += value * sums[at];
-    dgamma[0] += value * sums[plane + at];
+    values[kBeta][0] += value * sums[at];
+    values[kGamma][0] += value * sums[plane + at];
+    if constexpr (kKinds > kSlope) values[kSlope][0] += value * slopes[at];
     if (p.q != nullptr) {
       const A two_q = A(2) * static_cast<const A*>(p.q)[at];
-      dbeta[0] += two_q * sums[2 * plane + at];
-      dgamma[0] += two_q * sums[3 * plane + at];
+      values[kBeta][0] += two_q * sums[2 * plane + at];
+      values[kGamma][0] += two_q * sums[3 * plane + at];
+      if constexpr (kKinds > kSlope) values[kSlope][0] += two_q * slopes[plane + at];
     }
   }
-  write_block<A, 1>(dgamma, dbeta, shared, partial, block, shape.c, chunk, lanes, lane);
+  write_block<A, 1, kKinds>(values, shared, partial, block, shape.c, chunk, lanes, lane);
 }
 
 // The dense part: sum of s*g and of s*g*xhat over some of the pixels.
 template <class T, class I, int V>
 __global__ void __launch_bounds__(kThreads, sizeof(I) == 4 ? kResident : 1)
-    dense_sums(BackwardSums p, Partial partial, Cut cut, int lanes, int64_t chunks) {
+    dense_sums(DenseMap p, Norm norm, Partial partial, Cut cut, int lanes, int64_t chunks) {
   using A = Compute<T>;
   LAYERWISE_SHARED(A, shared, 2 * kWarps * kWarp * V);
   const Shape& shape = p.map.shape;
@@ -84,10 +51,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(I) == 4 ? kResident : 1)
   const I c = (chunk * lanes + lane.x) * V;
   const I begin = cut.begin(block), end = cut.end(block);
   const I step = lane.rows * kWarps, first = begin + threadIdx.x / kWarp * lane.rows + lane.row;
-  A dgamma[V] = {}, dbeta[V] = {};
+  A sums[2][V] = {};
   const I count = c < channels ? share_of<I>(first, step, end) : I(0);
   if (count > 0) {
-    const Coefficients<A, V> k(p.norm, c);
+    const Coefficients<A, V> k(norm, c);
     const auto offset = [&](const Strides& strides) {
       return [&strides, c, height](const PixelWalk<I>& at) {
         const I n = height == 1 ? at.h : at.h / height;
@@ -101,38 +68,35 @@ __global__ void __launch_bounds__(kThreads, sizeof(I) == 4 ? kResident : 1)
 #pragma unroll
           for (int v = 0; v < V; ++v) {
             const A t = values[0][v] - k.mean[v];
-            const A g = activated(p.norm.activation, k.u(v, t)).slope * values[1][v];
-            dbeta[v] += g;
-            dgamma[v] += g * t;
+            const A g = activated(norm.activation, k.u(v, t)).slope * values[1][v];
+            sums[kBeta][v] += g;
+            sums[kGamma][v] += g * t;
           }
         },
         Source{static_cast<const T*>(p.z), offset(p.z_strides)},
         Source{static_cast<const T*>(p.grad_y), offset(p.grad_y_strides)});
     A rstd[V];
-    load_rstd(p.norm, c, rstd);
+    load_rstd(norm, c, rstd);
 #pragma unroll
-    for (int v = 0; v < V; ++v) dgamma[v] *= rstd[v];
+    for (int v = 0; v < V; ++v) sums[kGamma][v] *= rstd[v];
   }
-  write_block<A, V>(dgamma, dbeta, shared, partial, block, shape.c, chunk, lanes, lane);
+  write_block<A, V, 2>(sums, shared, partial, block, shape.c, chunk, lanes, lane);
 }
 
 // A warp per channel, in double and in a fixed order.
 template <class A>
-__global__ void __launch_bounds__(kThreads) combine_sums(BackwardSums p, Partial partial) {
+__global__ void __launch_bounds__(kThreads) combine_sums(BackwardSums p, int64_t channels, Partial partial) {
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-  if (c >= p.map.shape.c) return;
+  if (c >= channels) return;
   const int lane = threadIdx.x % kWarp;
-  const A* sums = static_cast<const A*>(partial.data) + 2 * c * partial.blocks;
-  double dgamma = 0, dbeta = 0;
-  for (int64_t b = lane; b < partial.blocks; b += kWarp) {
-    dgamma += sums[2 * b];
-    dbeta += sums[2 * b + 1];
+  const A* sums = static_cast<const A*>(partial.data) + c * partial.blocks * partial.kinds;
+  A* const targets[] = {static_cast<A*>(p.dgamma), static_cast<A*>(p.dbeta), static_cast<A*>(p.dslope)};
+  for (int k = 0; k < partial.kinds; ++k) {
+    double total = 0;
+    for (int64_t b = lane; b < partial.blocks; b += kWarp) total += sums[b * partial.kinds + k];
+    total = sum_over_rows(total, 1);
+    if (lane == 0) (k == 0 ? targets[0] : k == 1 ? targets[1] : targets[2])[c] = static_cast<A>(total);
   }
-  dgamma = sum_over_rows(dgamma, 1);
-  dbeta = sum_over_rows(dbeta, 1);
-  if (lane != 0) return;
-  static_cast<A*>(p.dgamma)[c] = static_cast<A>(dgamma);
-  static_cast<A*>(p.dbeta)[c] = static_cast<A>(dbeta);
 }
 
 // p or q of a segment, times gamma*rstd: the sum over the cells that cover it.
@@ -220,43 +184,75 @@ __global__ void __launch_bounds__(kThreads, sizeof(I) == 4 && !(kSecond && kDens
 
 }  // namespace
 
-int64_t backward_sums_partials(const Map& map, int64_t bins_h, int64_t bins_w) {
-  return 2 * map.shape.c * (cut_cells(map, bins_h, bins_w).blocks + cut_pixels(map).blocks);
+namespace {
+
+Cut cut_cells(const BackwardSums& p) {
+  constexpr int64_t kCellsOfBlock = 64;
+  return cut_sums(p.p == nullptr && p.q == nullptr ? 0 : p.moments.shape.n * p.moments.shape.h * p.moments.shape.w,
+                  kCellsOfBlock);
+}
+bool is_extended(const BackwardSums& p, int64_t i) {
+  return layerwise::is_extended(p.norm.activation, p.dense[i].extension);
+}
+Cut cut_dense(const BackwardSums& p, int64_t i) {
+  return is_extended(p, i) ? extended_cut(p.dense[i]) : cut_pixels(p.dense[i].map.shape);
+}
+int64_t blocks_of_channel(const BackwardSums& p) {
+  int64_t blocks = cut_cells(p).blocks * p.norm.extension.channel_step;
+  for (int64_t i = 0; i < p.dense_maps; ++i) blocks += cut_dense(p, i).blocks;
+  return blocks;
+}
+int kinds_of(const BackwardSums& p) { return p.dslope == nullptr ? 2 : 3; }
+
+}  // namespace
+
+int64_t backward_sums_partials(const BackwardSums& p) {
+  return p.moments.shape.c / p.norm.extension.channel_step * blocks_of_channel(p) * kinds_of(p);
 }
 
-void backward_sums(const BackwardSums& given, Stream stream) {
-  BackwardSums p = given;
-  const int64_t channels = p.map.shape.c;
-  const Cut cells = cut_cells(p.map, p.bins_h, p.bins_w), pixels = cut_pixels(p.map);
-  const int64_t of_cells = p.p != nullptr || p.q != nullptr ? cells.blocks : 0;
-  const Partial partial{p.partial, 0, of_cells + (p.grad_y != nullptr ? pixels.blocks : 0)};
-  if (of_cells > 0) {
-    const ChannelSplit split = split_channels(channels, 1, p.map.layout);
-    with_bool(p.map.dtype == DType::kFloat64, [&]<bool kDouble>() {
+void backward_sums(const BackwardSums& p, Stream stream) {
+  const int64_t step = p.norm.extension.channel_step, channels = p.moments.shape.c / step;
+  Partial partial{p.partial, 0, cut_cells(p).blocks, blocks_of_channel(p), step, kinds_of(p)};
+  if (const Cut cells = cut_cells(p); cells.blocks > 0) {
+    const ChannelSplit split = split_channels(p.moments.shape.c, 1, p.moments.layout);
+    with_bool(p.moments.dtype == DType::kFloat64, [&]<bool kDouble>() {
       using A = std::conditional_t<kDouble, double, float>;
-      launch(cell_sums<A>, cells.blocks * split.chunks, kThreads, stream, p, partial, cells, split.lanes, split.chunks);
+      const int64_t grid = cells.blocks * split.chunks;
+      with_bool(p.dslope != nullptr, [&]<bool kLearned>() {
+        launch(cell_sums < A, kLearned ? 3 : 2 >, grid, kThreads, stream, p, partial, cells, split.lanes, split.chunks);
+      });
     });
+    partial.first = cells.blocks * step;
   }
-  if (p.grad_y != nullptr) {
-    if (is_one_row(p.map.shape, p.z_strides) && is_one_row(p.map.shape, p.grad_y_strides))
-      p.map.shape = one_row(p.map.shape);
-    with_instance(
-        p.map, false,
-        [&]<class T, class I, int V>() {
-          const ChannelSplit split = split_channels(channels, V, p.map.layout);
-          launch(dense_sums<T, I, V>, pixels.blocks * split.chunks, kThreads, stream, p,
-                 Partial{p.partial, of_cells, partial.blocks}, pixels, split.lanes, split.chunks);
-        },
-        Access{p.z, p.z_strides}, Access{p.grad_y, p.grad_y_strides});
+  partial.step = 1;
+  for (int64_t i = 0; i < p.dense_maps; ++i) {
+    const Cut pixels = cut_dense(p, i);
+    if (is_extended(p, i)) {
+      extended_sums(p.dense[i], p.norm, partial, pixels, stream);
+    } else {
+      DenseMap dense = p.dense[i];
+      if (is_one_row(dense.map.shape, dense.z_strides) && is_one_row(dense.map.shape, dense.grad_y_strides))
+        dense.map.shape = one_row(dense.map.shape);
+      with_instance(
+          dense.map, false,
+          [&]<class T, class I, int V>() {
+            const ChannelSplit split = split_channels(channels, V, dense.map.layout);
+            launch(dense_sums<T, I, V>, pixels.blocks * split.chunks, kThreads, stream, dense, p.norm, partial, pixels,
+                   split.lanes, split.chunks);
+          },
+          Access{dense.z, dense.z_strides}, Access{dense.grad_y, dense.grad_y_strides});
+    }
+    partial.first += pixels.blocks;
   }
   const int64_t grid = (channels + kWarps - 1) / kWarps;
-  if (p.map.dtype == DType::kFloat64)
-    launch(combine_sums<double>, grid, kThreads, stream, p, partial);
+  if (p.moments.dtype == DType::kFloat64)
+    launch(combine_sums<double>, grid, kThreads, stream, p, channels, partial);
   else
-    launch(combine_sums<float>, grid, kThreads, stream, p, partial);
+    launch(combine_sums<float>, grid, kThreads, stream, p, channels, partial);
 }
 
 void input_gradient(const InputGradient& p, Stream stream) {
+  if (layerwise::is_extended(p.norm.activation, p.norm.extension)) return extended_gradient(p, stream);
   constexpr int64_t kPixelsOfWarpThread = 32;  // as in apply.cu
   const Shape& s = p.map.shape;
   const double inverse = p.count > 0 ? 1 / p.count : 0;

@@ -151,8 +151,9 @@ struct Source {
 template <class T, class Offset>
 Source(const T*, Offset) -> Source<T, Offset>;
 
-// use(values, walk) for `count` pixels of a walk; values[m] are the V of map m, loaded some pixels ahead of their use.
-template <int V, class T, class I, class Use, class... Offsets>
+// use(values, walk) for `count` pixels of a walk; values[m] are the V of map m, loaded up to kAhead pixels ahead of their
+// use.
+template <int V, int kAhead = layerwise::cuda::kAhead, class T, class I, class Use, class... Offsets>
 LAYERWISE_DEVICE void for_each_pixel(PixelWalk<I> walk, I count, const Use& use, const Source<T, Offsets>&... sources) {
   constexpr int kMaps = sizeof...(sources);
   PixelWalk<I> ahead = walk;
@@ -268,7 +269,8 @@ struct Coefficients {
 template <class A>
 LAYERWISE_INLINE Activated<A> activated(const Activation& activation, A u) {
   const A negative_slope = static_cast<A>(activation.negative_slope);
-  return activation.relu ? activate<true>(u, negative_slope) : activate<false>(u, negative_slope);
+  return activation.kind == ActivationKind::kReLU ? activate<true>(u, negative_slope)
+                                                  : activate<false>(u, negative_slope);
 }
 
 // Strides of m1, [N, C, bins_h, bins_w], and of what is laid out as it.
@@ -291,11 +293,10 @@ struct Access {
   Strides strides;
 };
 
-// Whether 16-byte accesses over the channels are possible.
-inline bool aligned(const Map& map, int element_size, const Access& a) {
-  const int64_t v = 16 / element_size;
+// Whether accesses of v elements over the channels are possible.
+inline bool aligned(const Map& map, int element_size, int v, const Access& a) {
   return a.data == nullptr ||
-         (a.strides.c == 1 && reinterpret_cast<uintptr_t>(a.data) % 16 == 0 && a.strides.n % v == 0 &&
+         (a.strides.c == 1 && reinterpret_cast<uintptr_t>(a.data) % (v * element_size) == 0 && a.strides.n % v == 0 &&
           a.strides.h % v == 0 && a.strides.w % v == 0 && map.shape.c % v == 0);
 }
 
@@ -317,7 +318,7 @@ void with_instance(const Map& map, bool wide, const Body& body, const Accesses&.
   wide = wide || (needs_64_bits(map, accesses) || ...);
   const auto choose = [&]<class T>() {
     constexpr int kVector = 16 / static_cast<int>(sizeof(T));
-    const bool vectors = map.layout == Layout::kChannelsLast && (aligned(map, sizeof(T), accesses) && ...);
+    const bool vectors = map.layout == Layout::kChannelsLast && (aligned(map, sizeof(T), kVector, accesses) && ...);
     with_bool(wide, [&]<bool kWide>() {
       using I = std::conditional_t<kWide, int64_t, int32_t>;
       vectors ? body.template operator()<T, I, kVector>() : body.template operator()<T, I, 1>();

@@ -19,6 +19,7 @@ struct Norm {
   const void* bias;  // or null: 0
   double eps;
   Activation activation;
+  Extension extension;
 };
 
 // Mean and M2, the sum of squared deviations, of a set of values.  In double: the mean of float32 values that are much
@@ -59,26 +60,35 @@ struct Apply {
   Norm norm;
   void* m1;  // [N, C, bins_h, bins_w] of A in the map's layout, or null: no moments
   void* m2;  // or null: no second moment
-  void* sums;  // A0, A1 and, for the second moment, B0, B1, each laid out as m1
+  void* sums;  // A0, A1 and, for the second moment, B0, B1; for kPReLU then C0 and C1; each laid out as m1
 };
 void apply(const Apply& p, Stream stream);
 
-struct BackwardSums {
+// A map of z with a dense gradient of what becomes of it.
+struct DenseMap {
   Map map;
-  int64_t bins_h, bins_w;
   const void* z;
   Strides z_strides;
-  const void* grad_y;  // or null
+  const void* grad_y;
   Strides grad_y_strides;
+  Extension extension;
+};
+
+struct BackwardSums {
+  Map moments;  // [N, channels of y, bins_h, bins_w]
   const void* p;  // dL/dm1 laid out as m1, or null
   const void* q;  // dL/dm2, or null
   const void* sums;
-  Norm norm;
+  int64_t slope_sums;  // which of the sums is C0
+  const DenseMap* dense;  // on the host
+  int64_t dense_maps;  // 0 without a gradient of y, several for space_to_depth
+  Norm norm;  // its extension is that of the cells
   void* partial;  // backward_sums_partials of A
   void* dgamma;  // [C] of A
   void* dbeta;  // [C] of A
+  void* dslope;  // [C] of A, or null
 };
-int64_t backward_sums_partials(const Map& map, int64_t bins_h, int64_t bins_w);
+int64_t backward_sums_partials(const BackwardSums& p);
 void backward_sums(const BackwardSums& p, Stream stream);
 
 struct InputGradient {
@@ -88,6 +98,8 @@ struct InputGradient {
   Strides z_strides;
   void* dz;  // may be z
   Strides dz_strides;
+  void* dresidual;  // or null
+  Strides dresidual_strides;
   const void* grad_y;  // or null
   Strides grad_y_strides;
   const void* p;  // or null

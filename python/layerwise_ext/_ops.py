@@ -6,7 +6,8 @@ The operators themselves are declared in ``csrc/schemas.h``. They are internal: 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,15 +53,48 @@ def _check_devices(z: Tensor, **others: Tensor | None) -> None:
             raise RuntimeError(f"{name} must be on {z.device}, as the map is, got {t.device}")
 
 
-def _fake_outputs(z: Tensor, bins: list[int], second_moment: bool) -> tuple[Tensor, ...]:
-    n, c, h, w = z.shape
+class Form(NamedTuple):
+    """What follows the convolution, in the order of the operators' arguments; Form in csrc/checks.h."""
+
+    eps: float = 1e-5
+    activation: str = "relu"
+    negative_slope: float = 0.01
+    upper_slope: float = 1 / 3
+    slope: Tensor | None = None  # [C], of 'prelu'
+    seed: Tensor | None = None  # one int64, of 'rrelu'
+    residual: Tensor | None = None
+    downsample: str = "none"
+    window: Sequence[int] = ()
+    ceil_mode: bool = False
+    bins: Sequence[int] = ()
+
+    def output_size(self, z: Tensor) -> list[Any]:
+        """``[N, C, H, W]`` of y."""
+        n, c, h, w = z.shape
+        if self.downsample == "none":
+            return [n, c, h, w]
+        rows, columns = self.window
+        if self.downsample == "space_to_depth":
+            return [n, c * rows * columns, h // rows, w // columns]
+        if self.ceil_mode:
+            return [n, c, (h + rows - 1) // rows, (w + columns - 1) // columns]
+        return [n, c, h // rows, w // columns]
+
+
+_FORM_SIZE = len(Form._fields)
+
+
+def _fake_outputs(z: Tensor, form: Form, second_moment: bool) -> tuple[Tensor, ...]:
+    _check_devices(z, slope=form.slope, seed=form.seed, residual=form.residual)
+    size = form.output_size(z)
     channels_last, dtype = _is_channels_last(z), _accumulation_dtype(z)
-    none = [0, c, 1, 1]
-    moments = [n, c, bins[0], bins[1]] if bins else none
-    m1, m2 = (_empty_map(z, size, channels_last, dtype) for size in (moments, moments if second_moment else none))
-    sums = z.new_empty((4 if second_moment else 2) * m1.numel(), dtype=dtype)
-    mean, var = (z.new_empty(c, dtype=dtype) for _ in range(2))
-    return _empty_map(z, [n, c, h, w], channels_last, z.dtype), m1, m2, sums, mean, var
+    none = [0, size[1], 1, 1]
+    moments = [*size[:2], *form.bins] if form.bins else none
+    m1, m2 = (_empty_map(z, shape, channels_last, dtype) for shape in (moments, moments if second_moment else none))
+    kinds = (2 if second_moment else 1) * (3 if form.activation == "prelu" else 2)
+    sums = z.new_empty(kinds * m1.numel(), dtype=dtype)
+    mean, var = (z.new_empty(z.size(1), dtype=dtype) for _ in range(2))
+    return _empty_map(z, size, channels_last, z.dtype), m1, m2, sums, mean, var
 
 
 @torch.library.register_fake("layerwise_ext::batch_norm_statistics")
@@ -69,66 +103,66 @@ def _(z):
 
 
 @torch.library.register_fake("layerwise_ext::bn_act_moments")
-def _(z, weight, bias, mean, var, eps, activation, negative_slope, bins, second_moment):
+def _(z, weight, bias, mean, var, *form_and_second):
+    *form, second_moment = form_and_second
     _check_devices(z, weight=weight, bias=bias, running_mean=mean, running_var=var)
-    return _fake_outputs(z, bins, second_moment)
+    return _fake_outputs(z, Form(*form), second_moment)
+
+
+def _fake_convolution(input: Tensor, conv_weight: Tensor, *convolution: Any) -> Tensor:
+    *geometry, groups = convolution  # stride, padding, dilation
+    z = _aten.convolution(input, conv_weight.to(input.dtype), None, *geometry, False, [0, 0], groups)
+    return _empty_map(z, list(z.shape), _is_channels_last(z), z.dtype)
 
 
 @torch.library.register_fake("layerwise_ext::conv_bn_act_moments")
-def _(
-    input,
-    conv_weight,
-    conv_bias,
-    weight,
-    bias,
-    mean,
-    var,
-    stride,
-    padding,
-    dilation,
-    groups,
-    eps,
-    activation,
-    negative_slope,
-    bins,
-    second_moment,
-):
+def _(input, conv_weight, conv_bias, weight, bias, mean, var, stride, padding, dilation, groups, *form_and_second):
+    *form, second_moment = form_and_second
     _check_devices(input, conv_weight=conv_weight, conv_bias=conv_bias)
     _check_devices(input, weight=weight, bias=bias, running_mean=mean, running_var=var)
-    w = conv_weight.to(input.dtype)
-    z = _aten.convolution(input, w, None, stride, padding, dilation, False, [0, 0], groups)
-    z = _empty_map(z, list(z.shape), _is_channels_last(z), z.dtype)
-    return (*_fake_outputs(z, bins, second_moment), z)
+    z = _fake_convolution(input, conv_weight, stride, padding, dilation, groups)
+    return (*_fake_outputs(z, Form(*form), second_moment), z)
 
 
 @torch.library.register_fake("layerwise_ext::conv_bn_act_inference")
 def _(input, conv_weight, conv_bias, weight, bias, mean, var, stride, padding, dilation, groups, *form):
     _check_devices(input, conv_weight=conv_weight, conv_bias=conv_bias)
     _check_devices(input, weight=weight, bias=bias, running_mean=mean, running_var=var)
-    y = _aten.convolution(input, conv_weight.to(input.dtype), None, stride, padding, dilation, False, [0, 0], groups)
-    return _empty_map(y, list(y.shape), _is_channels_last(y), y.dtype)
+    z = _fake_convolution(input, conv_weight, stride, padding, dilation, groups)
+    return _empty_map(z, Form(*form).output_size(z), _is_channels_last(z), z.dtype)
 
 
-@torch.library.register_fake("layerwise_ext::bn_act_moments_backward_sums")
-def _(z, grad_y, grad_m1, grad_m2, sums, *args):
-    return tuple(z.new_empty(z.size(1), dtype=_accumulation_dtype(z)) for _ in range(2))
-
-
-@torch.library.register_fake("layerwise_ext::bn_act_moments_backward")
-def _(z, *args):
+def _fake_residual(z: Tensor, form: Form, needed: bool) -> Tensor:
+    if form.residual is None or not needed:
+        return z.new_empty(0)
     return _empty_map(z, list(z.shape), _is_channels_last(z), z.dtype)
 
 
-def _fake_conv_backward(z, *args):
-    input, conv_weight, stride, padding, dilation, groups, needs_input, needs_weight = args[-8:]
-    none = z.new_empty(0)
-    grad_input = none
+@torch.library.register_fake("layerwise_ext::bn_act_moments_backward_sums")
+def _(z, grad_y, grad_m1, grad_m2, sums, mean, var, weight, bias, *form):
+    sizes = (z.size(1), z.size(1), 0 if Form(*form).slope is None else z.size(1))
+    return tuple(z.new_empty(size, dtype=_accumulation_dtype(z)) for size in sizes)
+
+
+@torch.library.register_fake("layerwise_ext::bn_act_moments_backward")
+def _(z, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, *form_and_rest):
+    *form, _, needs_residual = form_and_rest
+    dz = _empty_map(z, list(z.shape), _is_channels_last(z), z.dtype)
+    return dz, _fake_residual(z, Form(*form), needs_residual)
+
+
+def _fake_conv_backward(z, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, *form_and_rest):
+    form = Form(*form_and_rest[:_FORM_SIZE])
+    _, input, conv_weight, stride, padding, dilation, groups, *needs = form_and_rest[_FORM_SIZE:]
+    needs_input, needs_weight, needs_residual = needs
+    grad_input = z.new_empty(0)
     if needs_input:  # ATen chooses its layout
         convolution = (stride, padding, dilation, False, [0, 0], groups)
-        weight = conv_weight.to(input.dtype)
+        w = conv_weight.to(input.dtype)
         dz = _empty_map(z, list(z.shape), _is_channels_last(z), z.dtype)
-        grad_input, _, _ = _aten.convolution_backward(dz, input, weight, None, *convolution, [True, False, False])
-    return grad_input, torch.empty_like(conv_weight) if needs_weight else none
+        grad_input, _, _ = _aten.convolution_backward(dz, input, w, None, *convolution, [True, False, False])
+    grad_weight = torch.empty_like(conv_weight) if needs_weight else z.new_empty(0)
+    return grad_input, grad_weight, _fake_residual(z, form, needs_residual)
 
 
 torch.library.register_fake("layerwise_ext::conv_bn_act_moments_backward", _fake_conv_backward)
@@ -268,76 +302,111 @@ def _like(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else gradient.to(parameter.dtype)
 
 
-def _absent(m1: Tensor, m2: Tensor, bins: list[int], second_moment: bool) -> tuple[Tensor, ...]:
+def _absent(m1: Tensor, m2: Tensor, bins: Sequence[int], second_moment: bool) -> tuple[Tensor, ...]:
     """The moments that were not asked for."""
     return () if bins and second_moment else (m2,) if bins else (m1, m2)
 
 
+def _save_form(ctx: Any, form: Form) -> tuple[Tensor | None, ...]:
+    """Keeps a form on the node but for its tensors, which are returned to be saved."""
+    tensors = (form.slope, form.seed, form.residual)
+    ctx.form = form._replace(slope=None, seed=None, residual=None)
+    return tensors
+
+
+def _saved_form(ctx: Any, slope: Tensor | None, seed: Tensor | None, residual: Tensor | None) -> Form:
+    form: Form = ctx.form
+    return form._replace(slope=slope, seed=seed, residual=residual)
+
+
+def _form_gradients(form: Form, dslope: Tensor, grad_residual: Tensor | None) -> list[Tensor | None]:
+    gradients = {"slope": _like(dslope, form.slope), "residual": grad_residual}
+    return [gradients.get(name) for name in form._fields]
+
+
 def _setup_bn(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    z, weight, bias, mean, _, *form, second_moment = inputs
+    z, weight, bias, mean, _, *rest, second_moment = inputs
+    form = Form(*rest)
     _, m1, m2, sums, mean_z, var_z = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(sums, mean_z, var_z, *_absent(m1, m2, form[-1], second_moment))
-    ctx.save_for_backward(z, sums, mean_z, var_z, weight, bias)
-    ctx.form = form  # eps, activation, negative_slope, bins
+    ctx.mark_non_differentiable(sums, mean_z, var_z, *_absent(m1, m2, form.bins, second_moment))
+    ctx.save_for_backward(z, sums, mean_z, var_z, weight, bias, *_save_form(ctx, form))
     ctx.count = z.numel() // z.size(1) if mean is None else 0  # 0: the statistics do not depend on z
 
 
 def _backward_bn(ctx: Any, grad_y: Any, grad_m1: Any, grad_m2: Any, *_: Any) -> tuple[Tensor | None, ...]:
-    z, sums, mean, var, weight, bias = ctx.saved_tensors
+    z, sums, mean, var, weight, bias, *tensors = ctx.saved_tensors
+    form = _saved_form(ctx, *tensors)
     gradients = (grad_y, grad_m1, grad_m2)
-    common = (mean, var, weight, bias, *ctx.form)
+    common = (mean, var, weight, bias, *form)
     # Replicas would add up their sums here, between the two operators.
-    dgamma, dbeta = operators.bn_act_moments_backward_sums(z, *gradients, sums, *common)
-    dz = None
-    if ctx.needs_input_grad[1]:
-        dz = operators.bn_act_moments_backward(z, *gradients, dgamma, dbeta, *common, ctx.count)
-    return (*_once_differentiable((dz, _like(dgamma, weight), _like(dbeta, bias))), *([None] * 7))
+    dgamma, dbeta, dslope = operators.bn_act_moments_backward_sums(z, *gradients, sums, *common)
+    needs_z, needs_residual = ctx.needs_input_grad[1], _needs_residual(ctx, 6)
+    dz = grad_residual = None
+    if needs_z or needs_residual:
+        dz, grad_residual = operators.bn_act_moments_backward(
+            z, *gradients, dgamma, dbeta, *common, ctx.count, needs_residual
+        )
+    form_gradients = _form_gradients(form, dslope, grad_residual if needs_residual else None)
+    wanted = (dz if needs_z else None, _like(dgamma, weight), _like(dbeta, bias), None, None, *form_gradients, None)
+    return _once_differentiable(wanted)
+
+
+def _needs_residual(ctx: Any, first: int) -> bool:
+    """Whether the residual needs a gradient; ``first`` is the place of the form among the node's inputs."""
+    return bool(ctx.needs_input_grad[first + Form._fields.index("residual")])
 
 
 _register_autograd("bn_act_moments", _setup_bn, _backward_bn)
 
 
 def _setup_conv(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, conv_weight, conv_bias, weight, bias, mean, _, *convolution_and_form, second_moment = inputs
-    ctx.convolution, form = convolution_and_form[:4], convolution_and_form[4:]
+    input, conv_weight, conv_bias, weight, bias, mean, _, *rest, second_moment = inputs
+    ctx.convolution, form = rest[:4], Form(*rest[4:])
     _, m1, m2, sums, mean_z, var_z, z = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(sums, mean_z, var_z, z, *_absent(m1, m2, form[-1], second_moment))
+    ctx.mark_non_differentiable(sums, mean_z, var_z, z, *_absent(m1, m2, form.bins, second_moment))
     # Detached, z and sums have handles of their own, which _is_last_reader tells from everybody else's.
-    ctx.save_for_backward(input, conv_weight, conv_bias, z.detach(), sums.detach(), mean_z, var_z, weight, bias)
-    ctx.form = form
+    ctx.save_for_backward(
+        input, conv_weight, conv_bias, z.detach(), sums.detach(), mean_z, var_z, weight, bias, *_save_form(ctx, form)
+    )
     ctx.count = z.numel() // z.size(1) if mean is None else 0
     ctx.hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _backward_conv(ctx: Any, grad_y: Any, grad_m1: Any, grad_m2: Any, *_: Any) -> tuple[Tensor | None, ...]:
-    input, conv_weight, conv_bias, z, sums, mean, var, weight, bias = ctx.saved_tensors
+    input, conv_weight, conv_bias, z, sums, mean, var, weight, bias, *tensors = ctx.saved_tensors
+    form = _saved_form(ctx, *tensors)
     gradients = (grad_y, grad_m1, grad_m2)
-    common = (mean, var, weight, bias, *ctx.form)
-    dgamma, dbeta = operators.bn_act_moments_backward_sums(z, *gradients, sums, *common)
+    common = (mean, var, weight, bias, *form)
+    dgamma, dbeta, dslope = operators.bn_act_moments_backward_sums(z, *gradients, sums, *common)
     if _is_last_reader(ctx, sums):
         sums.untyped_storage().resize_(0)  # the weight gradient needs room
     needs_input, needs_weight, needs_bias = ctx.needs_input_grad[1:4]
-    grad_input = grad_weight = grad_bias = None
-    if needs_input or needs_weight:
+    needs_residual = _needs_residual(ctx, 12)
+    grad_input = grad_weight = grad_bias = grad_residual = None
+    if needs_input or needs_weight or needs_residual:
         backward = (
             operators.conv_bn_act_moments_backward_
             if _is_last_reader(ctx, z)
             else operators.conv_bn_act_moments_backward
         )
-        grad_input, grad_weight = backward(
+        grad_input, grad_weight, grad_residual = backward(
             z, *gradients, dgamma, dbeta, *common, ctx.count, input, conv_weight, *ctx.convolution,
-            needs_input, needs_weight,
+            needs_input, needs_weight, needs_residual,
         )  # fmt: skip
     if conv_bias is not None and needs_bias:
         # The sum of dz: zero behind batch statistics, which cancel any shift, gamma*rstd*dbeta behind fixed ones.
         grad_bias = torch.zeros_like(conv_bias)
         if ctx.count == 0:
-            scale = torch.rsqrt(var + ctx.form[0]) * (1 if weight is None else weight)
+            scale = torch.rsqrt(var + form.eps) * (1 if weight is None else weight)
             grad_bias = (scale * dbeta).to(conv_bias.dtype)
-    grads = (grad_input if needs_input else None, grad_weight if needs_weight else None, grad_bias)
-    return (*_once_differentiable((*grads, _like(dgamma, weight), _like(dbeta, bias))), *([None] * 11))
+    wanted = (
+        grad_input if needs_input else None, grad_weight if needs_weight else None, grad_bias,
+        _like(dgamma, weight), _like(dbeta, bias), *([None] * 6),
+        *_form_gradients(form, dslope, grad_residual if needs_residual else None), None,
+    )  # fmt: skip
+    return _once_differentiable(wanted)
 
 
 _register_autograd("conv_bn_act_moments", _setup_conv, _backward_conv)

@@ -11,11 +11,16 @@ from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ._ops import Form, _is_channels_last
 from ._ops import operators as _lib
 
 Pair = int | Sequence[int]
+Downsample = tuple[str, Pair] | None
+
+DOWNSAMPLE_MODES = ("max", "avg", "stride", "space_to_depth")
 
 
 class ActivationMoments(NamedTuple):
@@ -81,6 +86,46 @@ def _conv_size(
     )
 
 
+def _downsampling(downsample: Downsample) -> tuple[str, list[int]]:
+    """Mode and window; ``('none', [])`` without one."""
+    if downsample is None:
+        return "none", []
+    if not isinstance(downsample, Sequence) or isinstance(downsample, str) or len(downsample) != 2:
+        raise ValueError(f"downsample must be None or (mode, factor), got {downsample!r}")
+    mode, factor = downsample
+    if mode not in DOWNSAMPLE_MODES:
+        raise ValueError(f"downsample mode is {mode!r}; allowed: {', '.join(map(repr, DOWNSAMPLE_MODES))}")
+    window = _pair("downsample factor", factor)
+    if min(window) < 1:
+        raise ValueError(f"downsample factor must be at least 1, got {factor!r}")
+    return mode, window
+
+
+def _make_form(
+    device: torch.device,
+    dtype: torch.dtype,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    upper_slope: float,
+    slope: Tensor | None,
+    seed: Tensor | None,
+    residual: Tensor | None,
+    mode: str,
+    window: list[int],
+    ceil_mode: bool,
+    bins: list[int],
+) -> Form:
+    """Mode 'stride' is the caller's to carry out. A missing seed is drawn, a residual is converted under autocast."""
+    if activation == "rrelu" and seed is None:
+        seed = torch.empty(1, dtype=torch.int64, device=device).random_()
+    if residual is not None and residual.dtype != dtype and torch.is_autocast_enabled(device.type):
+        residual = residual.to(dtype)
+    if mode == "stride":
+        mode, window = "none", []
+    return Form(eps, activation, negative_slope, upper_slope, slope, seed, residual, mode, window, ceil_mode, bins)
+
+
 def _check_rank(name: str, t: Tensor) -> None:
     if t.dim() != 4:
         raise ValueError(f"{name} must have 4 dimensions [N, C, H, W], got shape {list(t.shape)}")
@@ -98,10 +143,18 @@ def bn_act_moments(
     eps: float = 1e-5,
     activation: str = "relu",
     negative_slope: float = 0.01,
+    upper_slope: float = 1 / 3,
+    slope: Tensor | None = None,
+    seed: Tensor | None = None,
+    residual: Tensor | None = None,
+    downsample: Downsample = None,
+    ceil_mode: bool = False,
     bins: Pair = (1, 1),
     second_moment: bool = True,
 ) -> ActivationMoments:
     """Batch norm (Ioffe & Szegedy 2015, arXiv 1502.03167), activation and pooled moments of a pre-activation.
+
+        y = downsample(activation(batch_norm(z) + residual))
 
     A loss that looks at the activation through ``m1`` and ``m2`` alone has a closed backward pass: one reading of
     ``z``, no gradient of ``y`` in memory. A gradient of ``y`` itself is added where there is one.
@@ -114,8 +167,22 @@ def bn_act_moments(
         training: normalise with the statistics of the batch.
         momentum: share of the batch statistics in the running ones, 0 to 1.
         eps: added to the variance.
-        activation: ``'relu'``, ``'leaky_relu'`` or ``'identity'``.
-        negative_slope: slope of ``'leaky_relu'`` below zero.
+        activation: ``'relu'``, ``'leaky_relu'``, ``'prelu'`` (He et al. 2015, arXiv 1502.01852), ``'rrelu'`` (a random
+            slope for each element: Xu et al. 2015, arXiv 1505.00853), ``'relu6'``, ``'identity'``, ``'tanh'``,
+            ``'sigmoid'``, ``'silu'``, ``'gelu'``, ``'gelu_tanh'`` or ``'hardswish'``.
+        negative_slope: slope of ``'leaky_relu'`` below zero; the least one of ``'rrelu'``.
+        upper_slope: the largest slope of ``'rrelu'``.
+        slope: of ``'prelu'``, ``[C]`` or ``[1]``, learned.
+        seed: of ``'rrelu'``, one int64 on the device of ``z``: equal seeds give equal slopes. None: drawn from
+            PyTorch's generator.
+        residual: added before the activation, of the shape and dtype of ``z``.
+        downsample: ``(mode, factor)``, the factor an int or ``(h, w)``: what becomes of each window of the activation.
+            ``'max'`` and ``'avg'`` are :func:`torch.nn.functional.max_pool2d` and ``avg_pool2d`` with
+            ``kernel_size=stride=factor`` (rows and columns that fill no window are left out, but with ``ceil_mode``);
+            ``'stride'`` keeps its first element, the others are then not part of the batch norm either;
+            ``'space_to_depth'`` moves it to the channels as ``pixel_unshuffle`` does, and the factor must divide the
+            size. Only the reduced map is written, and the moments are its own.
+        ceil_mode: whether windows that the edge cuts off count.
         bins: cells of the moments, ``(bins_h, bins_w)`` or one int for both; those of ``adaptive_avg_pool2d``.
         second_moment: whether ``m2`` is wanted. A loss of ``m1`` alone saves its time and half of the sums' memory.
 
@@ -128,12 +195,19 @@ def bn_act_moments(
     """
     _check_rank("z", z)
     _check_statistics(running_mean, running_var, training, momentum)
+    mode, window = _downsampling(downsample)
+    if mode == "stride":
+        z = z[..., :: window[0], :: window[1]]
     if training:
         _check_more_than_one_value(z.shape)
+    if slope is not None and slope.dim() == 1 and slope.size(0) == 1:
+        slope = slope.expand(z.size(1))
+    form = _make_form(
+        z.device, z.dtype, eps, activation, negative_slope, upper_slope, slope, seed, residual, mode, window, ceil_mode,
+        _pair("bins", bins),
+    )  # fmt: skip
     mean, var = (None, None) if training else (running_mean, running_var)
-    y, m1, m2, _, mean_z, var_z = _lib.bn_act_moments(
-        z, weight, bias, mean, var, eps, activation, negative_slope, _pair("bins", bins), second_moment
-    )
+    y, m1, m2, _, mean_z, var_z = _lib.bn_act_moments(z, weight, bias, mean, var, *form, second_moment)
     if training and running_mean is not None:
         count = z.numel() // z.size(1)
         _lib.update_running_statistics_(running_mean, running_var, mean_z, var_z, None, count, momentum)
@@ -158,6 +232,12 @@ def conv_bn_act_moments(
     eps: float = 1e-5,
     activation: str = "relu",
     negative_slope: float = 0.01,
+    upper_slope: float = 1 / 3,
+    slope: Tensor | None = None,
+    seed: Tensor | None = None,
+    residual: Tensor | None = None,
+    downsample: Downsample = None,
+    ceil_mode: bool = False,
     bins: Pair = (1, 1),
     second_moment: bool = True,
 ) -> ActivationMoments:
@@ -172,8 +252,10 @@ def conv_bn_act_moments(
         conv_weight: ``[C_out, C_in / groups, kH, kW]``.
         conv_bias: ``[C_out]`` or None. Batch statistics cancel it; it only moves ``running_mean``.
         stride, padding, dilation, groups: as :func:`torch.nn.functional.conv2d`.
-        running_mean, running_var, weight, bias, training, momentum, eps, activation, negative_slope, bins,
-            second_moment: as :func:`bn_act_moments`.
+        running_mean, running_var, weight, bias, training, momentum, eps, activation, negative_slope, upper_slope,
+            slope, seed, residual, ceil_mode, bins, second_moment: as :func:`bn_act_moments`; the residual has the shape
+            of the convolution's output.
+        downsample: as :func:`bn_act_moments`; ``'stride'`` multiplies the stride of the convolution.
 
     Returns:
         :class:`ActivationMoments` ``(y, m1, m2)``.
@@ -185,8 +267,9 @@ def conv_bn_act_moments(
     """
     return _conv_bn_act_moments(
         input, conv_weight, conv_bias, running_mean, running_var, weight, bias,
-        _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups,
-        training, momentum, eps, activation, negative_slope, _pair("bins", bins), second_moment,
+        _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups, training, momentum,
+        eps, activation, negative_slope, upper_slope, slope, seed, residual, downsample, ceil_mode,
+        _pair("bins", bins), second_moment,
     )  # fmt: skip
 
 
@@ -208,13 +291,76 @@ def conv_bn_act(
     eps: float = 1e-5,
     activation: str = "relu",
     negative_slope: float = 0.01,
+    upper_slope: float = 1 / 3,
+    slope: Tensor | None = None,
+    seed: Tensor | None = None,
+    residual: Tensor | None = None,
+    downsample: Downsample = None,
+    ceil_mode: bool = False,
 ) -> Tensor:
     """:func:`conv_bn_act_moments` without the moments: the activation ``y`` alone, ``[N, C_out, H, W]``."""
     return _conv_bn_act_moments(
         input, conv_weight, conv_bias, running_mean, running_var, weight, bias,
-        _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups,
-        training, momentum, eps, activation, negative_slope, [], False,
+        _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups, training, momentum,
+        eps, activation, negative_slope, upper_slope, slope, seed, residual, downsample, ceil_mode, [], False,
     ).y  # fmt: skip
+
+
+def downsample(x: Tensor, mode: str, factor: Pair, ceil_mode: bool = False) -> Tensor:
+    """What becomes of each window of a map; the operators above do it without writing the map first.
+
+    Args:
+        x: ``[N, C, H, W]``, any dtype that PyTorch pools.
+        mode: ``'max'``, ``'avg'``, ``'stride'`` (the first element) or ``'space_to_depth'`` (all of them, as channels,
+            in the order of ``pixel_unshuffle``).
+        factor: size and stride of the windows, an int or ``(h, w)``.
+        ceil_mode: of ``'max'`` and ``'avg'``: whether windows that the edge cuts off count.
+
+    Returns:
+        ``[N, C, H / h, W / w]``, rounded down, with ``ceil_mode`` and for ``'stride'`` up; for ``'space_to_depth'``
+        ``[N, C * h * w, H / h, W / w]``.
+
+    Raises:
+        ValueError: unknown mode, a factor below 1, a size that space_to_depth's factor does not divide.
+        RuntimeError: what PyTorch's pooling rejects.
+    """
+    _check_rank("x", x)
+    mode, (h, w) = _downsampling((mode, factor))
+    if mode == "max":
+        return F.max_pool2d(x, (h, w), ceil_mode=ceil_mode)
+    if mode == "avg":
+        return F.avg_pool2d(x, (h, w), ceil_mode=ceil_mode)
+    if mode == "stride":
+        return x[..., ::h, ::w]
+    n, c, height, width = x.shape
+    if height % h or width % w:
+        raise ValueError(f"space_to_depth needs a map whose size is a multiple of ({h}, {w}), got {list(x.shape)}")
+    windows = x.reshape(n, c, height // h, h, width // w, w)
+    y = windows.permute(0, 1, 3, 5, 2, 4).reshape(n, c * h * w, height // h, width // w)
+    return y.contiguous(memory_format=torch.channels_last) if _is_channels_last(x) else y
+
+
+def depth_to_space(y: Tensor, factor: Pair) -> Tensor:
+    """The inverse of :func:`downsample` in the mode ``'space_to_depth'``.
+
+    Args:
+        y: ``[N, C * h * w, H, W]``.
+        factor: size of the windows, an int or ``(h, w)``.
+
+    Returns:
+        ``[N, C, H * h, W * w]``.
+
+    Raises:
+        ValueError: a factor below 1, or channels that are not a multiple of ``h * w``.
+    """
+    _check_rank("y", y)
+    _, (h, w) = _downsampling(("space_to_depth", factor))
+    n, channels, height, width = y.shape
+    if channels % (h * w):
+        raise ValueError(f"y must have a multiple of {h * w} channels for the factor ({h}, {w}), got {list(y.shape)}")
+    windows = y.reshape(n, channels // (h * w), h, w, height, width)
+    x = windows.permute(0, 1, 4, 2, 5, 3).reshape(n, channels // (h * w), height * h, width * w)
+    return x.contiguous(memory_format=torch.channels_last) if _is_channels_last(y) else x
 
 
 def pooled_linear_cross_entropy(
@@ -272,12 +418,21 @@ def _conv_bn_act_moments(
     eps: float,
     activation: str,
     negative_slope: float,
+    upper_slope: float,
+    slope: Tensor | None,
+    seed: Tensor | None,
+    residual: Tensor | None,
+    downsample: Downsample,
+    ceil_mode: bool,
     bins: list[int],
     second_moment: bool,
 ) -> ActivationMoments:
     _check_rank("input", input)
     _check_rank("conv_weight", conv_weight)
     _check_statistics(running_mean, running_var, training, momentum)
+    mode, window = _downsampling(downsample)
+    if mode == "stride":
+        stride = [s * w for s, w in zip(stride, window, strict=True)]
     if training and input.size(0) == 1:
         _check_more_than_one_value([1, conv_weight.size(0), *_conv_size(input, conv_weight, stride, padding, dilation)])
     device = input.device.type
@@ -285,16 +440,22 @@ def _conv_bn_act_moments(
         input = input.to(torch.get_autocast_dtype(device))
     elif conv_weight.dtype != input.dtype:
         raise TypeError(f"conv_weight must have the dtype of input, {input.dtype}, got {conv_weight.dtype}")
-    convolution, form = (stride, padding, dilation, groups), (eps, activation, negative_slope)
+    if slope is not None and slope.dim() == 1 and slope.size(0) == 1:
+        slope = slope.expand(conv_weight.size(0))
+    form = _make_form(
+        input.device, input.dtype, eps, activation, negative_slope, upper_slope, slope, seed, residual, mode, window,
+        ceil_mode, bins,
+    )  # fmt: skip
+    convolution = (stride, padding, dilation, groups)
     tensors = (input, conv_weight, conv_bias, weight, bias)
-    if not (training or bins or _needs_gradient(*tensors)):
+    if not (training or bins or _needs_gradient(*tensors, slope, residual)):
         y = _lib.conv_bn_act_inference(*tensors, running_mean, running_var, *convolution, *form)
         return ActivationMoments(y, cast(Tensor, None), cast(Tensor, None))
     mean, var = (None, None) if training else (running_mean, running_var)
-    y, m1, m2, _, mean_z, var_z, _ = _lib.conv_bn_act_moments(
-        *tensors, mean, var, *convolution, *form, bins, second_moment,
+    y, m1, m2, _, mean_z, var_z, z = _lib.conv_bn_act_moments(
+        *tensors, mean, var, *convolution, *form, second_moment,
     )  # fmt: skip
     if training and running_mean is not None:
-        count = y.numel() // y.size(1)
+        count = z.numel() // z.size(1)
         _lib.update_running_statistics_(running_mean, running_var, mean_z, var_z, conv_bias, count, momentum)
     return ActivationMoments(y, m1, m2 if second_moment else cast(Tensor, None))

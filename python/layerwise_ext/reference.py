@@ -5,21 +5,23 @@ float64 maps). One stage:
 
     z    = conv(x, w) + b                               [N, C, H, W]
     xhat = (z - mu) * rstd,  rstd = 1 / sqrt(var + eps)    per channel; var is biased
-    u    = gamma * xhat + beta
-    y    = s * u,  s = 1 where u > 0, else the negative slope (0 for ReLU, 1 for the identity)
+    u    = gamma * xhat + beta (+ residual)
+    y    = act(u), for the piecewise linear ones s * u: s = 1 where u > 0, else the negative slope
+    y    = max, mean or rearrangement of each window of it, with downsampling
     m1   = sum of y over a pooling cell,  m2 = sum of y*y   [N, C, bins_h, bins_w]
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .functional import ActivationMoments, Pair, _pair
+from .functional import ActivationMoments, Downsample, Pair, _downsampling, _pair
 
 
 def cell_bounds(size: int, bins: int) -> list[tuple[int, int]]:
@@ -84,6 +86,52 @@ def slope(u: Tensor, activation: str, negative_slope: float) -> Tensor:
     return torch.where(u > 0, torch.ones_like(u), torch.full_like(u, below))
 
 
+def random_slopes(size: Sequence[int], seed: int, lower: float, upper: float) -> Tensor:
+    """The slopes of 'rrelu' for a map ``[N, C, H, W]``, float64: a hash of the seed and the number of the element."""
+
+    def mix(x: Tensor) -> Tensor:
+        x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+        x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+        return x ^ (x >> 16)
+
+    index = torch.arange(math.prod(size)).reshape(list(size)) & 0xFFFFFFFF
+    bits = mix((mix(index ^ (seed & 0xFFFFFFFF)) + (seed >> 32)) & 0xFFFFFFFF) >> 8
+    return lower + bits.double() * 2.0**-24 * (upper - lower)
+
+
+def activate(
+    u: Tensor, activation: str, negative_slope: float, upper_slope: float, learned: Tensor | None, seed: Tensor | None
+) -> Tensor:
+    """``act(u)``; u is ``[N, C, H, W]``."""
+    if activation == "prelu":
+        assert learned is not None
+        return torch.where(u > 0, u, learned.to(u.dtype).reshape(-1, 1, 1) * u)
+    if activation == "rrelu":
+        assert seed is not None
+        return torch.where(u > 0, u, random_slopes(u.shape, int(seed), negative_slope, upper_slope).to(u) * u)
+    smooth: dict[str, Callable[[Tensor], Tensor]] = {
+        "relu6": F.relu6, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "silu": F.silu, "gelu": F.gelu,
+        "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"), "hardswish": F.hardswish,
+    }  # fmt: skip
+    if activation in smooth:
+        return smooth[activation](u)
+    return slope(u.detach(), activation, negative_slope) * u
+
+
+def _downsample(y: Tensor, mode: str, window: Sequence[int], ceil_mode: bool, dtype: torch.dtype) -> Tensor:
+    """Each window of y becomes one element; which one is the largest is decided after rounding to ``dtype``."""
+    if mode == "none":
+        return y
+    h, w = window
+    if mode == "avg":
+        return F.avg_pool2d(y, (h, w), ceil_mode=ceil_mode)
+    if mode == "max":
+        _, index = F.max_pool2d(y.detach().to(dtype), (h, w), ceil_mode=ceil_mode, return_indices=True)
+        return y.flatten(2).gather(2, index.flatten(2)).reshape(index.shape)
+    n, c, height, width = y.shape
+    return y.reshape(n, c, height // h, h, width // w, w).permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+
+
 def _update_running(running: Tensor, batch: Tensor, momentum: float) -> None:
     with torch.no_grad():
         running.mul_(1 - momentum).add_(momentum * batch.detach().to(running.dtype))
@@ -101,12 +149,21 @@ def bn_act_moments(
     eps: float = 1e-5,
     activation: str = "relu",
     negative_slope: float = 0.01,
+    upper_slope: float = 1 / 3,
+    slope: Tensor | None = None,
+    seed: Tensor | None = None,
+    residual: Tensor | None = None,
+    downsample: Downsample = None,
+    ceil_mode: bool = False,
     bins: Pair = (1, 1),
     second_moment: bool = True,
 ) -> ActivationMoments:
     """See :func:`layerwise_ext.functional.bn_act_moments`."""
     dtype = z.dtype
     z = z.to(torch.promote_types(dtype, torch.float32))
+    mode, window = _downsampling(downsample)
+    if mode == "stride":
+        mode, z = "none", z[..., :: window[0], :: window[1]]
     if training:
         mean, var = batch_statistics(z)
         if running_mean is not None and running_var is not None:
@@ -120,7 +177,10 @@ def bn_act_moments(
     beta = torch.zeros_like(mean) if bias is None else bias.to(z.dtype)
     xhat = (z - mean[:, None, None]) * torch.rsqrt(var + eps)[:, None, None]
     u = gamma[:, None, None] * xhat + beta[:, None, None]
-    y = slope(u.detach(), activation, negative_slope) * u
+    if residual is not None:
+        u = u + residual.to(u.dtype)
+    y = activate(u, activation, negative_slope, upper_slope, slope, seed)
+    y = _downsample(y, mode, window, ceil_mode, dtype)
     cells = _pair("bins", bins)
     m2 = cell_sums(y * y, cells) if second_moment else cast(Tensor, None)
     return ActivationMoments(y.to(dtype), cell_sums(y, cells), m2)
@@ -144,15 +204,25 @@ def conv_bn_act_moments(
     eps: float = 1e-5,
     activation: str = "relu",
     negative_slope: float = 0.01,
+    upper_slope: float = 1 / 3,
+    slope: Tensor | None = None,
+    seed: Tensor | None = None,
+    residual: Tensor | None = None,
+    downsample: Downsample = None,
+    ceil_mode: bool = False,
     bins: Pair = (1, 1),
     second_moment: bool = True,
 ) -> ActivationMoments:
     """See :func:`layerwise_ext.functional.conv_bn_act_moments`."""
-    convolution = _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups
-    z = F.conv2d(input, conv_weight, conv_bias, *convolution)
+    mode, window = _downsampling(downsample)
+    strides = _pair("stride", stride)
+    if mode == "stride":
+        strides, downsample = [s * w for s, w in zip(strides, window, strict=True)], None
+    z = F.conv2d(input, conv_weight, conv_bias, strides, _pair("padding", padding), _pair("dilation", dilation), groups)
     return bn_act_moments(
         z, running_mean, running_var, weight, bias, training=training, momentum=momentum, eps=eps,
-        activation=activation, negative_slope=negative_slope, bins=bins, second_moment=second_moment,
+        activation=activation, negative_slope=negative_slope, upper_slope=upper_slope, slope=slope, seed=seed,
+        residual=residual, downsample=downsample, ceil_mode=ceil_mode, bins=bins, second_moment=second_moment,
     )  # fmt: skip
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from layerwise_ext.nn.conv import ConvBNReLU2d
+from layerwise_ext.nn.conv import AcceleratedDownsample2d, ConvBNReLU2d
 from layerwise_ext.nn.heads import HeadOutput, LocalHead, PooledLinearHead
 from layerwise_ext.nn.moments import PooledMoments
 from layerwise_ext.nn.stage import LocalStage, StageOutput
 
 __all__ = [
+    "AcceleratedDownsample2d",
     "ConvBNReLU2d",
     "HeadOutput",
     "LocalHead",

@@ -1,7 +1,8 @@
-"""Convolution, batch normalisation and a piecewise linear activation as one layer."""
+"""Convolution, batch normalisation, activation and downsampling as one layer."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -12,18 +13,34 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from layerwise_ext import functional
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
-ACTIVATIONS = ("relu", "leaky_relu", "identity")
+# The module that stands for each activation; negative_slope and upper_slope are added where it has them.
+_MODULES: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "identity": nn.Identity,
+    "prelu": nn.PReLU,
+    "rrelu": nn.RReLU,
+    "relu6": nn.ReLU6,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "gelu_tanh": nn.GELU,
+    "hardswish": nn.Hardswish,
+}
+ACTIVATIONS = tuple(_MODULES)
 
 # Names of the children in a checkpoint of nn.Sequential(Conv2d, BatchNorm2d, activation).
-_SEQUENTIAL_NAMES = {"0.": "conv.", "1.": "bn."}
+_SEQUENTIAL_NAMES = {"0.": "conv.", "1.": "bn.", "2.": "act."}
 
 
 class ConvBNReLU2d(nn.Module):
-    """``act(batch_norm(conv(x)))`` in one fused operator, with standard parameters and checkpoints.
+    """``downsample(act(batch_norm(conv(x)) + residual))`` in one fused operator, with standard parameters.
 
     The children ``conv`` (a plain :class:`torch.nn.Conv2d`) and ``bn`` (a plain :class:`torch.nn.BatchNorm2d`) hold all
-    parameters and buffers, so ``state_dict`` has the keys ``conv.*`` and ``bn.*``. Checkpoints of
-    ``nn.Sequential(Conv2d, BatchNorm2d, ReLU)``, whose keys are ``0.*`` and ``1.*``, load as well. Batch norm follows
+    parameters and buffers, so ``state_dict`` has the keys ``conv.*`` and ``bn.*``; ``'prelu'`` adds a child ``act``, a
+    plain :class:`torch.nn.PReLU`. Checkpoints of ``nn.Sequential(Conv2d, BatchNorm2d, ReLU)``, whose keys are ``0.*``
+    and ``1.*``, load as well. Batch norm follows
     :class:`torch.nn.BatchNorm2d` in everything: ``bn.training`` decides between batch and running statistics,
     ``momentum=None`` averages cumulatively, ``track_running_stats=False`` always uses the batch (Ioffe & Szegedy 2015,
     arXiv 1502.03167).
@@ -36,19 +53,28 @@ class ConvBNReLU2d(nn.Module):
             :class:`torch.nn.Conv2d`; ``padding`` may be ``'same'`` or ``'valid'``. ``bias`` is False by default because
             batch norm removes any constant per channel.
         eps, momentum, affine, track_running_stats: as in :class:`torch.nn.BatchNorm2d`.
-        activation: ``'relu'``, ``'leaky_relu'`` or ``'identity'``.
-        negative_slope: slope of ``'leaky_relu'`` below zero; unused by the others.
+        activation: ``'relu'``, ``'leaky_relu'``, ``'identity'``, ``'prelu'`` (one learned slope, 0.25 at first),
+            ``'rrelu'`` (random slopes in training, their mean in evaluation), ``'relu6'``, ``'tanh'``, ``'sigmoid'``,
+            ``'silu'``, ``'gelu'``, ``'gelu_tanh'`` or ``'hardswish'``.
+        negative_slope: slope of ``'leaky_relu'`` below zero; the least one of ``'rrelu'``; unused by the others.
+        upper_slope: the largest slope of ``'rrelu'``.
+        downsample: ``(mode, factor)`` with the mode ``'max'``, ``'avg'``, ``'stride'`` or ``'space_to_depth'`` and the
+            factor an int or ``(h, w)``: see :func:`layerwise_ext.functional.bn_act_moments`. The full-resolution
+            activation is never written.
+        ceil_mode: whether windows that the edge cuts off count, as in the pooling layers.
         device, dtype: of the parameters; float32, bfloat16 or float64.
 
     Shapes:
-        input ``[N, in_channels, H, W]``; output ``[N, out_channels, H', W']`` in the input's memory format.
+        input ``[N, in_channels, H, W]``; residual ``[N, out_channels, H', W']``, the shape of the convolution's output;
+        output the same, or what downsampling leaves of it, in the input's memory format.
 
     Raises:
-        ValueError: unknown ``activation``; what Conv2d and BatchNorm2d reject.
+        ValueError: unknown ``activation`` or ``downsample``; what Conv2d and BatchNorm2d reject.
     """
 
     conv: nn.Conv2d
     bn: nn.BatchNorm2d
+    act: nn.PReLU | None  # a child only where it has a parameter
 
     def __init__(
         self,
@@ -68,12 +94,16 @@ class ConvBNReLU2d(nn.Module):
         *,
         activation: str = "relu",
         negative_slope: float = 0.01,
+        upper_slope: float = 1 / 3,
+        downsample: functional.Downsample = None,
+        ceil_mode: bool = False,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}; allowed: {', '.join(map(repr, ACTIVATIONS))}")
+        functional._downsampling(downsample)  # checks it
         self.conv = nn.Conv2d(
             in_channels,
             out_channels,
@@ -88,15 +118,28 @@ class ConvBNReLU2d(nn.Module):
             dtype=dtype,
         )
         self.bn = nn.BatchNorm2d(out_channels, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        if activation == "prelu":
+            self.act = nn.PReLU(device=device, dtype=dtype)
         self.activation = activation
         self.negative_slope = negative_slope
+        self.upper_slope = upper_slope
+        self.downsample = downsample
+        self.ceil_mode = ceil_mode
 
     @classmethod
-    def from_modules(cls, conv: nn.Conv2d, bn: nn.BatchNorm2d, act: nn.Module | None = None) -> ConvBNReLU2d:
+    def from_modules(
+        cls,
+        conv: nn.Conv2d,
+        bn: nn.BatchNorm2d,
+        act: nn.Module | None = None,
+        *,
+        downsample: functional.Downsample = None,
+        ceil_mode: bool = False,
+    ) -> ConvBNReLU2d:
         """A layer that shares the given modules, parameters and buffers included.
 
-        ``act``: nn.ReLU, nn.LeakyReLU, nn.Identity, or None for no activation. The layer takes its training flag from
-        ``bn``.
+        ``act``: a module of one of the activations above, or None for no activation. The layer takes its training flag
+        from ``bn``.
 
         Raises:
             TypeError: a module that is not a plain (initialised) one of these classes.
@@ -106,42 +149,66 @@ class ConvBNReLU2d(nn.Module):
         _check_plain("bn", bn, nn.BatchNorm2d)
         if conv.out_channels != bn.num_features:
             raise ValueError(f"conv gives {conv.out_channels} channels but bn normalises {bn.num_features}")
-        activation, negative_slope = _describe_activation(act)
+        activation, negative_slope, upper_slope = _describe_activation(act, conv.out_channels)
+        functional._downsampling(downsample)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.conv = conv
         layer.bn = bn
+        if isinstance(act, nn.PReLU):
+            layer.act = act
         layer.activation = activation
         layer.negative_slope = negative_slope
+        layer.upper_slope = upper_slope
+        layer.downsample = downsample
+        layer.ceil_mode = ceil_mode
         layer.training = bn.training
         return layer
 
-    def to_modules(self) -> tuple[nn.Conv2d, nn.BatchNorm2d, nn.Module]:
-        """``(conv, bn, act)``: this layer's own children, and a plain activation module."""
+    def to_modules(self) -> tuple[nn.Module, ...]:
+        """``(conv, bn, act)``: this layer's own children and a plain activation module; and a fourth that downsamples.
+
+        With ``downsample=('stride', factor)`` there is no fourth: ``conv`` is then a copy with a larger stride that
+        shares the parameters.
+        """
         act: nn.Module
-        if self.activation == "relu":
-            act = nn.ReLU()
+        if self.activation == "prelu":
+            act = self.act  # type: ignore[assignment]  # mypy: None
         elif self.activation == "leaky_relu":
             act = nn.LeakyReLU(self.negative_slope)
+        elif self.activation == "rrelu":
+            act = nn.RReLU(self.negative_slope, self.upper_slope)
+        elif self.activation == "gelu_tanh":
+            act = nn.GELU(approximate="tanh")
         else:
-            act = nn.Identity()
-        return self.conv, self.bn, act.train(self.training)
+            act = _MODULES[self.activation]()
+        modules = (self.conv, self.bn, act.train(self.training))
+        if self.downsample is None:
+            return modules
+        mode, window = functional._downsampling(self.downsample)
+        if mode == "stride":
+            conv = copy.copy(self.conv)
+            conv.stride = (conv.stride[0] * window[0], conv.stride[1] * window[1])
+            return conv, *modules[1:]
+        return *modules, AcceleratedDownsample2d(mode, (window[0], window[1]), self.ceil_mode).train(self.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[N, C, H, W]`` to ``[N, out_channels, H', W']``."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``[N, C, H, W]`` to ``[N, out_channels, H', W']``; the residual is added before the activation."""
         tensors, options = self._arguments(x)
-        return functional.conv_bn_act(*tensors, **options)
+        return functional.conv_bn_act(*tensors, residual=residual, **options)
 
     def forward_moments(
-        self, x: Tensor, bins: tuple[int, int], second_moment: bool = True
+        self, x: Tensor, bins: tuple[int, int], second_moment: bool = True, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """``(y, m1, m2)``: the output and its sums of y and y*y, ``[N, out_channels, *bins]``, over each pooling cell.
+        """``(y, m1, m2)``: the output and its sums of y and y*y, ``[N, channels of y, *bins]``, over each pooling cell.
 
         The cells are those of ``adaptive_avg_pool2d(y, bins)``; m2 is None with ``second_moment=False``. See
         :func:`layerwise_ext.functional.conv_bn_act_moments`.
         """
         tensors, options = self._arguments(x)
-        return functional.conv_bn_act_moments(*tensors, bins=bins, second_moment=second_moment, **options)
+        return functional.conv_bn_act_moments(
+            *tensors, residual=residual, bins=bins, second_moment=second_moment, **options
+        )
 
     def _arguments(self, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Tensors and options of the operator; counts the batch, as nn.BatchNorm2d.forward does.
@@ -164,6 +231,9 @@ class ConvBNReLU2d(nn.Module):
             bn.num_batches_tracked.add_(1)
             if momentum is None:
                 momentum = 1.0 / float(bn.num_batches_tracked)
+        activation, negative_slope = self.activation, self.negative_slope
+        if activation == "rrelu" and not self.training:
+            activation, negative_slope = "leaky_relu", (negative_slope + self.upper_slope) / 2
         tensors = (x, conv.weight, conv.bias, running_mean, running_var, bn.weight, bn.bias)
         options = {
             "stride": conv.stride,
@@ -173,8 +243,12 @@ class ConvBNReLU2d(nn.Module):
             "training": training,
             "momentum": 0.0 if momentum is None else momentum,
             "eps": bn.eps,
-            "activation": self.activation,
-            "negative_slope": self.negative_slope,
+            "activation": activation,
+            "negative_slope": negative_slope,
+            "upper_slope": self.upper_slope,
+            "slope": self.act.weight if activation == "prelu" else None,  # type: ignore[union-attr]
+            "downsample": self.downsample,
+            "ceil_mode": self.ceil_mode,
         }
         return tensors, options
 
@@ -185,15 +259,63 @@ class ConvBNReLU2d(nn.Module):
         # renaming here is enough, and missing or unexpected keys are then reported as for any module. A dictionary
         # that has both spellings is left alone, so that strict loading rejects it.
         if not any(key.startswith(prefix + name) for key in state_dict for name in _SEQUENTIAL_NAMES.values()):
-            for old, new in _SEQUENTIAL_NAMES.items():
+            names = dict(_SEQUENTIAL_NAMES)
+            if self.activation != "prelu":
+                del names["2."]
+            for old, new in names.items():
                 for key in [key for key in state_dict if key.startswith(prefix + old)]:
                     state_dict[prefix + new + key[len(prefix + old) :]] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def extra_repr(self) -> str:
-        if self.activation == "leaky_relu":
-            return f"activation='leaky_relu', negative_slope={self.negative_slope}"
-        return f"activation={self.activation!r}"
+        text = f"activation={self.activation!r}"
+        if self.activation in ("leaky_relu", "rrelu"):
+            text += f", negative_slope={self.negative_slope}"
+        if self.activation == "rrelu":
+            text += f", upper_slope={self.upper_slope}"
+        if self.downsample is not None:
+            text += f", downsample={self.downsample}, ceil_mode={self.ceil_mode}"
+        return text
+
+
+class AcceleratedDownsample2d(nn.Module):
+    """:func:`layerwise_ext.functional.downsample` as a layer.
+
+    Behind a :class:`ConvBNReLU2d` its own ``downsample`` is faster. Downsampling earlier than usual, with the same
+    layers behind it, is what Ma, Yu, Li, Wang 2020, arXiv 2010.08038, propose for networks that are trained layer by
+    layer.
+
+    Args:
+        mode: ``'max'``, ``'avg'``, ``'stride'`` or ``'space_to_depth'``.
+        factor: size and stride of the windows, an int or ``(h, w)``.
+        ceil_mode: whether windows that the edge cuts off count.
+
+    Raises:
+        ValueError: another mode, a factor below 1; (when run) a size that space_to_depth's factor does not divide.
+    """
+
+    def __init__(self, mode: str = "max", factor: int | tuple[int, int] = 2, ceil_mode: bool = False) -> None:
+        super().__init__()
+        functional._downsampling((mode, factor))
+        self.mode = mode
+        self.factor = factor
+        self.ceil_mode = ceil_mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.downsample(x, self.mode, self.factor, self.ceil_mode)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """The input that ``space_to_depth`` gave y for.
+
+        Raises:
+            ValueError: the mode is another one, which loses elements; a number of channels that the factor rules out.
+        """
+        if self.mode != "space_to_depth":
+            raise ValueError(f"mode is {self.mode!r}; only 'space_to_depth' has an inverse")
+        return functional.depth_to_space(y, self.factor)
+
+    def extra_repr(self) -> str:
+        return f"mode={self.mode!r}, factor={self.factor}, ceil_mode={self.ceil_mode}"
 
 
 def _pad(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -219,11 +341,21 @@ def _check_plain(name: str, module: nn.Module, expected: type[nn.Module]) -> Non
         raise ValueError(f"{name} has hooks, which the fused layer would not run; remove them first")
 
 
-def _describe_activation(act: nn.Module | None) -> tuple[str, float]:
-    if act is None or type(act) is nn.Identity:
-        return "identity", 0.01
-    if type(act) is nn.ReLU:
-        return "relu", 0.01
+def _describe_activation(act: nn.Module | None, channels: int) -> tuple[str, float, float]:
+    """Name, negative_slope and upper_slope."""
+    plain = (0.01, 1 / 3)
+    if act is None:
+        return "identity", *plain
     if type(act) is nn.LeakyReLU:
-        return "leaky_relu", act.negative_slope
-    raise TypeError(f"act is {type(act).__name__}; allowed: nn.ReLU, nn.LeakyReLU, nn.Identity, None")
+        return "leaky_relu", act.negative_slope, plain[1]
+    if type(act) is nn.RReLU:
+        return "rrelu", act.lower, act.upper
+    if type(act) is nn.GELU and act.approximate == "tanh":
+        return "gelu_tanh", *plain
+    if type(act) is nn.PReLU and act.num_parameters not in (1, channels):
+        raise ValueError(f"act is nn.PReLU with {act.num_parameters} slopes; allowed: 1 or {channels}")
+    for name, kind in _MODULES.items():
+        if type(act) is kind:
+            return name, *plain
+    allowed = ", ".join(f"nn.{kind.__name__}" for kind in dict.fromkeys(_MODULES.values()))
+    raise TypeError(f"act is {type(act).__name__}; allowed: {allowed}, None")
