@@ -83,7 +83,7 @@ def step(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 def same(model: nn.Module, peer: nn.Module, x: Tensor) -> None:
     torch.testing.assert_close(step(model, x), step(peer, x), **TOLERANCE)
-    assert hooks._state.scope is None
+    assert hooks._thread.innermost.scope is None
 
 
 def fused_pair(name: str) -> tuple[nn.Module, nn.Module, lw.FuseReport]:
@@ -449,7 +449,7 @@ def test_an_input_written_over_is_an_error() -> None:
     model.mode = "write"
     with pytest.raises(RuntimeError, match=r"modified in place.*unfuse_"):
         model(batch())
-    assert hooks._state.scope is None
+    assert hooks._thread.innermost.scope is None
 
 
 def test_errors_leave_no_scope_behind(counter: Counter) -> None:
@@ -457,11 +457,11 @@ def test_errors_leave_no_scope_behind(counter: Counter) -> None:
     lw.fuse_(model)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         model(batch(1, 3))
-    assert hooks._state.scope is None
+    assert hooks._thread.innermost.scope is None
     model.register_forward_pre_hook(lambda *_: 1 / 0, prepend=True)
     with pytest.raises(ZeroDivisionError):
         model(batch())
-    assert hooks._state.scope is None
+    assert hooks._thread.innermost.scope is None
 
 
 # -- Everything else that a model goes through -------------------------------------------------------------------------
@@ -673,7 +673,7 @@ def test_compiled(name: str) -> None:
         same(compiled, peer, batch())
 
 
-def test_compiled_parts_of_a_fused_model(counter: Counter) -> None:
+def test_compiled_parts_of_a_fused_model() -> None:
     torch._dynamo.reset()
     model, peer, _ = fused_pair("resnet")
     graphs: list[list[str]] = []

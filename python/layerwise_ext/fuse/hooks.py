@@ -20,11 +20,16 @@ from .promise import ConvInput, Expected, Promise, Scope, is_deferrable, resolve
 Path = tuple[str, ...]
 
 
-class _State(threading.local):
-    scope: Scope | None = None  # the innermost
+class _Innermost:
+    scope: Scope | None = None
 
 
-_state = _State()
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.innermost = _Innermost()  # torch.compile follows changes of this object, but not of the thread's
+
+
+_thread = _Thread()
 
 
 class Watched(NamedTuple):
@@ -41,22 +46,22 @@ class _Hook:
 
 class EnterScope(_Hook):
     def __call__(self, module: nn.Module, args: Any) -> None:
-        caller = scope = _state.scope
+        caller = scope = _thread.innermost.scope
         while scope is not None:  # an interrupted call (KeyboardInterrupt) leaves its scopes behind
             if scope.owner is module:
                 caller = scope.caller
             scope = scope.caller
-        _state.scope = Scope(module, caller)
+        _thread.innermost.scope = Scope(module, caller)
 
 
 class LeaveScope(_Hook):
     """Also after an error; a promise does not leave the module, unless it is expected to."""
 
     def __call__(self, module: nn.Module, args: Any, result: Any) -> Any:
-        scope = _state.scope
+        scope = _thread.innermost.scope
         if scope is None or scope.owner is not module:  # an earlier hook failed
             return None
-        _state.scope = scope.caller
+        _thread.innermost.scope = scope.caller
         caller = scope.caller
         if isinstance(result, Promise) and result.exits > 0 and caller is not None and caller.mode == scope.mode:
             caller.waiting += scope.waiting
@@ -87,7 +92,7 @@ class DeferConvolution(_Hook):
         self.expected = expected
 
     def __call__(self, conv: nn.Module, args: Any) -> Any:
-        scope = _state.scope
+        scope = _thread.innermost.scope
         if scope is None or len(args) != 1 or _find(scope.owner, self.conv) is not conv:
             return None
         if not self._is_unobserved(conv) or not scope.mode.is_unchanged():
