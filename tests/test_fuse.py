@@ -401,10 +401,6 @@ class Switches(nn.Module):
             u = self.bn(checkpoint.checkpoint(self.conv, x, use_reentrant=True))
         if self.mode == "checkpoint":
             u = self.bn(checkpoint.checkpoint(self.conv, x, use_reentrant=False))
-        if self.mode == "autocast":
-            with torch.autocast("cpu", torch.bfloat16):
-                u = self.conv(x.float())
-            u = self.bn(u.double())
         return self.relu(u)
 
 

@@ -63,7 +63,7 @@ class LeaveScope(_Hook):
             return None
         _thread.innermost.scope = scope.caller
         caller = scope.caller
-        if isinstance(result, Promise) and result.exits > 0 and caller is not None and caller.mode == scope.mode:
+        if isinstance(result, Promise) and result.exits > 0 and caller is not None and caller.mode.is_unchanged():
             caller.waiting += scope.waiting
             result.exits -= 1
             result.source.scope = caller

@@ -98,24 +98,25 @@ _ADDITIONS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
 # -- State that a computation depends on -------------------------------------------------------------------------------
 
 
-class GradMode(NamedTuple):
+class GradMode:
     """What decides how autograd records: it must not change between a convolution and its activation."""
 
-    enabled: bool
-    saved_tensors_hooks: Any  # those of a checkpoint, for one; None while compiling
-
-    @staticmethod
-    def now() -> GradMode:
-        compiling = torch.compiler.is_compiling()
-        hooks = None if compiling else torch._C._autograd._top_saved_tensors_default_hooks(True)
-        return GradMode(torch.is_grad_enabled(), hooks)
+    def __init__(self) -> None:
+        self.enabled = torch.is_grad_enabled()
+        self.hooks = _saved_tensors_hooks()
 
     def is_unchanged(self) -> bool:
-        now = GradMode.now()
-        return self.enabled == now.enabled and (torch.compiler.is_compiling() or now == self)
+        if self.enabled != torch.is_grad_enabled():
+            return False
+        return torch.compiler.is_compiling() or self.hooks == _saved_tensors_hooks()
 
 
-def _autocast_mode(device: str) -> tuple[bool, torch.dtype]:
+def _saved_tensors_hooks() -> Any:
+    """Those of a checkpoint, for one."""
+    return None if torch.compiler.is_compiling() else torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def _autocast(device: str) -> tuple[bool, torch.dtype]:
     return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 
@@ -123,26 +124,25 @@ def _version(t: Tensor) -> int:
     return 0 if torch.compiler.is_compiling() or t.is_inference() else t._version
 
 
+def _is_plain(t: Any) -> bool:
+    """A tensor of a tracer or of another subclass is theirs to interpret; a compiler's is as good as plain."""
+    return type(t) in (Tensor, nn.Parameter) or (torch.compiler.is_compiling() and isinstance(t, Tensor))
+
+
 def is_deferrable(x: Any) -> bool:
     """Whether the operator takes such an input in this state of PyTorch."""
-    if not torch.compiler.is_compiling():
-        # A tensor of a tracer, of a transform (vmap, jvp) or of another subclass is theirs to interpret.
-        if type(x) not in (Tensor, nn.Parameter) or x.layout is not torch.strided or x.is_mkldnn:
-            return False
-        if torch._C._get_tracing_state() is not None or torch._C._functorch.maybe_current_level() is not None:
-            return False
-        if torch.autograd.forward_ad._current_level >= 0:
-            return False
-    elif not isinstance(x, Tensor):
+    if not _is_plain(x) or x.dim() != 4 or x.dtype not in _MAP_DTYPES.get(x.device.type, ()) or x.numel() == 0:
         return False
-    dtypes = _MAP_DTYPES.get(x.device.type, ())
-    return x.dim() == 4 and x.numel() > 0 and x.dtype in dtypes and _map_dtype(x) in dtypes
-
-
-def _map_dtype(x: Tensor) -> torch.dtype:
-    """Of the convolution of ``x``."""
-    enabled, dtype = _autocast_mode(x.device.type)
-    return dtype if enabled and x.dtype != torch.float64 else x.dtype
+    if torch.compiler.is_compiling():
+        return True
+    # Tracers and transforms (vmap, grad, jvp) see plain tensors, too.
+    return (
+        x.layout is torch.strided
+        and not x.is_mkldnn
+        and torch._C._get_tracing_state() is None
+        and torch._C._functorch.maybe_current_level() is None
+        and torch.autograd.forward_ad._current_level < 0
+    )
 
 
 # -- Promises ----------------------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ class Scope:
     def __init__(self, owner: nn.Module, caller: Scope | None) -> None:
         self.owner = owner
         self.caller = caller
-        self.mode = GradMode.now()
+        self.mode = GradMode()
         self.waiting: list[Promise] = []
 
     def wait_for(self, promise: Promise) -> None:
@@ -188,6 +188,10 @@ class ConvInput:
         self.x = x
         self.scope = scope
         self.expected = expected
+        self.version = _version(x)
+        self.autocast = _autocast(x.device.type)
+        enabled, dtype = self.autocast
+        self.dtype = dtype if enabled and x.dtype != torch.float64 else x.dtype  # of the convolution's result
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -195,11 +199,32 @@ class ConvInput:
         first = args[0] if args else None
         if isinstance(first, cls):
             if func is F.conv2d:
-                convolution = _convolution(first.x, *args[1:], **kwargs)
+                convolution = first._convolution(*args[1:], **kwargs)
                 return F.conv2d(first.x, *args[1:], **kwargs) if convolution is None else Promise(first, convolution)
             if func is F.pad:  # padding_mode other than 'zeros'
                 return cls(F.pad(first.x, *args[1:], **kwargs), first.scope, first.expected)
         return func(*_tensors(args), **_tensors(kwargs))
+
+    def _convolution(
+        self, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
+    ) -> tuple[Any, ...] | None:
+        """The arguments of ``conv2d``, padding in numbers; None where the operator refuses what PyTorch may take."""
+        x = self.x
+        if not _is_plain(weight) or weight.device != x.device or self.dtype not in _MAP_DTYPES[x.device.type]:
+            return None
+        if weight.dtype != x.dtype and not self.autocast[0]:
+            return None
+        if padding == "valid":
+            padding = 0
+        elif padding == "same":
+            if tuple(stride) != (1, 1):
+                return None
+            height, width = (d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True))
+            padding = (height // 2, width // 2)
+            if height % 2 or width % 2:  # the odd row or column goes to the end
+                x = F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
+                padding = (0, 0)
+        return x, weight, bias, stride, padding, dilation, groups
 
     def tensor(self) -> Tensor:
         return self.x
@@ -225,17 +250,19 @@ class Promise:
         self.batch_norm = batch_norm
         self.residual = residual
         self.exits = source.expected.exits
-        self.device: torch.device = convolution[0].device
-        self.dtype = _map_dtype(convolution[0])
-        self._autocast = _autocast_mode(self.device.type)
-        self._versions = [_version(t) for t in self._maps()]
-        self._tensor: Tensor | None = None
+        self.dtype = source.dtype
         self.is_fulfilled = False  # by what follows it
+        self._residual_version = 0 if residual is None else _version(residual)
+        self._tensor: Tensor | None = None
 
     ndim = 4  # with dim(), dtype and device: what may be asked without computing anything
 
     def dim(self) -> int:
         return 4
+
+    @property
+    def device(self) -> torch.device:
+        return self.source.x.device
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -264,11 +291,8 @@ class Promise:
     def tensor(self) -> Tensor:
         """What the unfused modules would have given."""
         if self._tensor is None:
-            enabled, dtype = self._autocast
-            with (
-                torch.set_grad_enabled(self.source.scope.mode.enabled),
-                torch.autocast(self.device.type, dtype, enabled),
-            ):
+            grad, (enabled, dtype) = self.source.scope.mode.enabled, self.source.autocast
+            with torch.set_grad_enabled(grad), torch.autocast(self.device.type, dtype, enabled):
                 self._check_unchanged()
                 if self.batch_norm is None:
                     self._tensor = F.conv2d(*self.convolution)
@@ -292,11 +316,10 @@ class Promise:
             self.source.scope.settle()  # one batch after the other
         arguments = (running_mean, running_var, weight, bias, training, momentum, eps)
         tensors = [t for t in arguments[:4] if t is not None]
+        device, dtypes = self.device, (self.dtype, self.dtype if self.dtype == torch.float64 else torch.float32)
         if not (
             self._is_open(normalised=False)
-            and all(type(t) in (Tensor, nn.Parameter) or torch.compiler.is_compiling() for t in tensors)
-            and all(t.dtype in (self.dtype, torch.float32) and t.device == self.device for t in tensors)
-            and (self.dtype != torch.float64 or all(t.dtype == torch.float64 for t in tensors))
+            and all(_is_plain(t) and t.dtype in dtypes and t.device == device for t in tensors)
             and (running_mean is None) == (running_var is None)
             and (training or running_mean is not None)
             and 0.0 <= momentum <= 1.0
@@ -313,7 +336,6 @@ class Promise:
 
     def _next(self, batch_norm: tuple[Any, ...], residual: Tensor | None = None) -> Promise:
         promise = Promise(self.source, self.convolution, batch_norm, residual)
-        promise._versions[0] = self._versions[0]
         self.is_fulfilled = True
         return promise
 
@@ -329,7 +351,7 @@ class Promise:
 
     def _takes(self, other: Any) -> bool:
         """Whether the operator can add ``other``: a map of the same shape, dtype and device."""
-        if not (self.source.expected.add and self._is_open(normalised=True) and isinstance(other, Tensor)):
+        if not (self.source.expected.add and self._is_open(normalised=True) and _is_plain(other)):
             return False
         x, weight, _, stride, padding, dilation, _ = self.convolution
         shape = (x.size(0), weight.size(0), *functional._conv_size(x, weight, stride, padding, dilation))
@@ -350,13 +372,11 @@ class Promise:
         """Whether what follows may still be fused: not computed yet, and PyTorch in the state it was in."""
         if self.is_fulfilled or self._tensor is not None or (self.batch_norm is not None) != normalised:
             return False
-        return self.source.scope.mode.is_unchanged() and _autocast_mode(self.device.type) == self._autocast
-
-    def _maps(self) -> list[Tensor]:
-        return [self.convolution[0]] if self.residual is None else [self.convolution[0], self.residual]
+        return self.source.scope.mode.is_unchanged() and _autocast(self.device.type) == self.source.autocast
 
     def _check_unchanged(self) -> None:
-        if self._versions != [_version(t) for t in self._maps()]:
+        residual = 0 if self.residual is None else _version(self.residual)
+        if self.source.version != _version(self.source.x) or self._residual_version != residual:
             raise RuntimeError(
                 "a fused convolution's input or residual was modified in place before its batch norm and activation "
                 "ran: this model needs layerwise_ext.unfuse_(model)"
@@ -402,29 +422,3 @@ def resolve(tree: Any) -> Any:
     if isinstance(tree, Tensor):
         return tree
     return _tensors(tree) if any(isinstance(leaf, Promise) for leaf in pytree.tree_leaves(tree)) else tree
-
-
-def _convolution(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> tuple[Any, ...] | None:
-    """The arguments of ``conv2d`` in numbers; None where the operator refuses what PyTorch may take."""
-    if weight.device != x.device or (weight.dtype != x.dtype and _map_dtype(x) == x.dtype):
-        return None
-    stride, dilation = functional._pair("stride", stride), functional._pair("dilation", dilation)
-    if padding == "valid":
-        padding = 0
-    elif padding == "same":
-        if stride != [1, 1]:
-            return None
-        height, width = (d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True))
-        padding = (height // 2, width // 2)
-        if height % 2 or width % 2:  # the odd row or column goes to the end
-            x = F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
-            padding = 0
-    return x, weight, bias, stride, functional._pair("padding", padding), dilation, groups
