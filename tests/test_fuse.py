@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import fuse_models
@@ -171,6 +172,13 @@ def test_fusing_twice_is_fusing_once(counter: Counter) -> None:
     assert counter.take() == 9
 
 
+def test_fused_layers_are_left_alone() -> None:
+    model = nn.Sequential(small(), lw.nn.ConvBNReLU2d(4, 4, 1))
+    report = lw.fuse_(model)
+    assert [f.conv for f in report.fused] == ["0.0"]
+    assert report.skipped == (("1.conv", "no forward calls it"),)
+
+
 def test_report() -> None:
     report = lw.fuse_(nn.Sequential(small(nn.Conv2d(4, 4, 1), nn.Sigmoid())))
     assert report.fused == (("0.0", "0.1", False, "relu"),)
@@ -313,6 +321,38 @@ def test_hooks_see_what_they_saw(which: int, kind: str, before: bool, counter: C
     assert counter.take() == fused
 
 
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward"])
+@pytest.mark.parametrize("name", ["resnet", "regnet", "inverted_residual", "timm"])
+def test_hooks_anywhere(name: str, kind: str, complete: Counter) -> None:
+    """On each module in turn, before and after fusing."""
+    peer = fuse_models.build(name)
+    if kind == "full_backward":
+        if name in ("resnet", "regnet"):
+            pytest.skip("PyTorch lets nothing be written over whose gradient is hooked, and this network adds in place")
+        for module in peer.modules():
+            if hasattr(module, "inplace"):
+                module.inplace = False
+    x = batch()
+    for path, module in peer.named_modules():
+        logs: list[list[Any]] = []
+        for before in (True, False, None):
+            model = copy.deepcopy(peer)
+            log: list[Any] = []
+            if before is False:
+                lw.fuse_(model)
+            register = getattr(model.get_submodule(path), f"register_{kind}_hook")
+            register(lambda module, *args, log=log: log.append([module.training, *args]))
+            if before:
+                lw.fuse_(model)
+            step(model, x)
+            assert all(isinstance(t, (Tensor, bool)) for t in torch.utils._pytree.tree_leaves(log) if t is not None)
+            logs.append(log)
+        if not getattr(module, "inplace", False):  # what a hook gets is written over afterwards
+            torch.testing.assert_close(logs[0], logs[2], **TOLERANCE)
+            torch.testing.assert_close(logs[1], logs[2], **TOLERANCE)
+    assert complete.take() > 0
+
+
 def test_global_hooks_see_tensors(counter: Counter) -> None:
     model = small()
     lw.fuse_(model)
@@ -446,6 +486,20 @@ def test_an_input_written_over_is_an_error() -> None:
     with pytest.raises(RuntimeError, match=r"modified in place.*unfuse_"):
         model(batch())
     assert hooks._thread.innermost.scope is None
+
+
+def test_after_an_interruption(counter: Counter) -> None:
+    model, peer, _ = fused_pair("resnet")
+    handle = model.layer1[1].conv2.register_forward_pre_hook(lambda *_: signal())
+
+    def signal() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model(batch())
+    handle.remove()
+    peer.load_state_dict(model.state_dict())
+    same(model, peer, batch())
 
 
 def test_errors_leave_no_scope_behind(counter: Counter) -> None:
@@ -626,6 +680,16 @@ def test_data_parallel_and_replicas(counter: Counter) -> None:
     assert counter.take() == 3
 
 
+def test_threads(counter: Counter) -> None:
+    model, peer, _ = fused_pair("resnet")
+    model.eval(), peer.eval()
+    x = [batch() for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(model, x * 4))
+    torch.testing.assert_close(results, [peer(t) for t in x * 4], **TOLERANCE)
+    assert counter.take() == 9 * 16
+
+
 def test_distributed_data_parallel(tmp_path: Any, counter: Counter) -> None:
     distributed = torch.distributed
     if not distributed.is_available():
@@ -667,6 +731,22 @@ def test_compiled(name: str) -> None:
         peer.train(training)
         same(compiled, peer, batch())
         same(compiled, peer, batch())
+
+
+@pytest.mark.parametrize("name", list(fuse_models.NETWORKS))
+def test_compiled_with_residual_and_all_activations(name: str, monkeypatch: pytest.MonkeyPatch, complete: Any) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(functional, "conv_bn_act", every_activation)
+    model, peer, _ = fused_pair(name)
+    if name == "vgg":
+        model.features[8].momentum = peer.features[8].momentum = 0.1
+    same(torch.compile(model, fullgraph=True, backend="aot_eager"), peer, batch())
+
+
+def test_compiled_by_inductor() -> None:
+    torch._dynamo.reset()
+    model, peer, _ = fused_pair("resnet")
+    same(torch.compile(model, fullgraph=True), peer, batch())
 
 
 def test_compiled_parts_of_a_fused_model() -> None:

@@ -16,11 +16,14 @@ from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
+
+from layerwise_ext.nn.conv import ConvBNReLU2d
 
 from . import promise
 from .hooks import Watched, has_hooks
@@ -66,7 +69,7 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, nn.BatchNorm2d):
             return type(m).forward is nn.BatchNorm2d.forward
-        return isinstance(m, nn.Conv2d) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, (nn.Conv2d, ConvBNReLU2d)) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if self.is_leaf_module(m, self.path_of_module(m)):
@@ -112,13 +115,14 @@ def skeleton(model: nn.Module) -> nn.Module:
 def _trace(module: nn.Module, training: bool) -> _Graph:
     module.train(training)
     tracer = _Tracer(module)
-    state = random.getstate()
+    states = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
             graph = tracer.trace(module, _defaults(type(module).forward))
     finally:
-        random.setstate(state)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
     return _Graph(module, graph, tracer.frames)
 
 
@@ -321,7 +325,7 @@ def make(model: nn.Module) -> Plan:
         if not isinstance(module, nn.Conv2d):
             continue
         conv = cast(nn.Conv2d, original[id(module)])
-        outcome = _unsuitable(conv) or _combine(found.get(module, ["forward does not call it"]))
+        outcome = _unsuitable(conv) or _combine(found.get(module, ["no forward calls it"]))
         if isinstance(outcome, Pattern):
             outcome = _unsuitable_batch_norm(original[id(outcome.bn)], conv) or _of(original, outcome)
         if isinstance(outcome, str):
