@@ -242,6 +242,21 @@ class WritesOverItsInput(nn.Module):
         return self.bn(z)
 
 
+class WritesOverABatchNorm(nn.Module):
+    """The second convolution's input is written over before its activation, by one that could be fused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(inplace=True)
+        self.conv2, self.bn2 = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.conv(x))
+        out = self.conv2(x)
+        self.relu(x)
+        return self.relu(self.bn2(out)) + x
+
+
 @pytest.mark.parametrize(
     ("model", "reasons"),
     [
@@ -250,6 +265,7 @@ class WritesOverItsInput(nn.Module):
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.SyncBatchNorm(4)), {"0": "goes to SyncBatchNorm"}),
         (DataDependent, {"stem": "DataDependent.forward cannot be traced"}),
         (WritesOverItsInput, {"conv": "other operations run between"}),
+        (WritesOverABatchNorm, {"conv2": "other operations run between"}),
         (lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.BatchNorm2d(4)), {"0": "not initialised"}),
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), {"0": "output goes to ReLU"}),
     ],

@@ -21,7 +21,8 @@ Path = tuple[str, ...]
 
 
 class _Innermost:
-    scope: Scope | None = None
+    def __init__(self) -> None:
+        self.scope: Scope | None = None
 
 
 class _Thread(threading.local):

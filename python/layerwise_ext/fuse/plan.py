@@ -259,22 +259,20 @@ class _Graph:
     def is_quiet(self, first: fx.Node, last: fx.Node, steps: Sequence[fx.Node] = ()) -> bool:
         """Whether nothing between the two, but ``steps``, could write over what ``last`` will be computed from."""
         between = self.nodes[self.position[first] + 1 : self.position[last]]
-        return all(node in steps or self.is_harmless(node) for node in between)
+        return all(node in steps or self.is_harmless(node, first) for node in between)
 
-    def is_harmless(self, node: fx.Node) -> bool:
+    def is_harmless(self, node: fx.Node, first: fx.Node) -> bool:
         if node.op == "get_attr" or _is_cheap_question(node) or node.target in (operator.eq, torch._assert):
             return True
-        if self.normalises(node):
+        if self.normalises(node) or isinstance(self.module(node), _HARMLESS):
             return True
-        module = self.module(node)
-        if isinstance(module, _HARMLESS):
-            return True
-        if node.target in _ADDITIONS or self.activation(node):
-            source = node.args[0]  # if it is written over, let it be the result of a convolution or a batch norm
-            return isinstance(source, fx.Node) and (
-                isinstance(self.module(source), nn.Conv2d) or self.normalises(source) is not None
-            )
-        return False
+        if node.target not in _ADDITIONS and not self.activation(node):
+            return False
+        # It may write over its argument: let that be a result that came after ``first`` and that nobody else reads.
+        source = node.args[0]
+        if not isinstance(source, fx.Node) or self.position[source] < self.position[first] or len(source.users) > 1:
+            return False
+        return isinstance(self.module(source), nn.Conv2d) or self.normalises(source) is not None
 
     def describe(self, node: fx.Node) -> str:
         if node.op == "output":
@@ -313,10 +311,10 @@ def make(model: nn.Module) -> Plan:
     names = {id(m): name for name, m in model.named_modules()}
     try:
         twin = skeleton(model)
+        original = dict(zip(map(id, twin.modules()), model.modules(), strict=True))
     except Exception as error:
         reason = f"the model cannot be copied for tracing ({_first_line(error)})"
         return Plan((), tuple(Skipped(names[id(m)], reason) for m in model.modules() if isinstance(m, nn.Conv2d)))
-    original = dict(zip(map(id, twin.modules()), model.modules(), strict=True))
 
     found: dict[nn.Module, list[Pattern | str]] = {}
     _collect(twin, found)
