@@ -16,16 +16,20 @@ __version__ = "0.1.0"
 
 from layerwise_ext import autotune, functional, models, nn, train
 from layerwise_ext._ops import cache_limit, cached_bytes, empty_cache, set_cache_limit
+from layerwise_ext.fuse import FuseReport, fuse_, unfuse_
 
 __all__ = [
+    "FuseReport",
     "__version__",
     "autotune",
     "cache_limit",
     "cached_bytes",
     "empty_cache",
     "functional",
+    "fuse_",
     "models",
     "nn",
     "set_cache_limit",
     "train",
+    "unfuse_",
 ]
