@@ -28,6 +28,10 @@ CONVOLUTION = "convolution"
 STEPS = (OURS, EAGER, CONTIGUOUS, COMPILE)  # complete training steps; CONVOLUTION is the floor below them
 
 
+# What follows the activation, by name; 2x2 windows.
+FORMS = {"plain": "", "max": "max", "avg": "avg", "depth": "space_to_depth", "residual": ""}
+
+
 class Row(NamedTuple):
     """Shape of one benchmark row: square maps, square kernel, padding that keeps the size."""
 
@@ -38,35 +42,62 @@ class Row(NamedTuple):
     cells: int
     stride: int = 1
     kernel: int = 3
+    form: str = "plain"  # one of FORMS
 
     @classmethod
     def parse(cls, text: str) -> Row:
-        """Reads ``N,C_in,C_out,size,cells[,stride[,kernel]]``."""
+        """Reads ``N,C_in,C_out,size,cells[,stride[,kernel[,form]]]``."""
+        numbers, form = text.split(","), "plain"
+        if numbers[-1] in FORMS:
+            form = numbers.pop()
         try:
-            values = [int(part) for part in text.split(",")]
+            values = [int(part) for part in numbers]
         except ValueError:
             values = []
         if len(values) not in (5, 6, 7) or min(values) < 1:
             raise ValueError(
-                f"row must be N,C_in,C_out,size,cells[,stride[,kernel]] in positive integers, got {text!r}"
+                "row must be N,C_in,C_out,size,cells[,stride[,kernel]] in positive integers, and perhaps one of "
+                f"{', '.join(FORMS)}, got {text!r}"
             )
-        row = cls(*values)
-        if row.cells > row.output_size:
-            raise ValueError(f"row {text!r}: {row.cells} cells do not fit a map of {row.output_size}")
+        row = cls(*values)._replace(form=form)
+        if row.cells > row.output_size // row.factor:
+            raise ValueError(f"row {text!r}: {row.cells} cells do not fit a map of {row.output_size // row.factor}")
+        if form == "residual" and (row.in_channels != row.out_channels or row.stride > 1):
+            raise ValueError(f"row {text!r}: a residual needs as many output as input channels, and stride 1")
         return row
 
     @property
     def output_size(self) -> int:
+        """Of the convolution."""
         return (self.size - 1) // self.stride + 1
 
+    @property
+    def downsample(self) -> tuple[str, int] | None:
+        return (FORMS[self.form], 2) if FORMS[self.form] else None
+
+    @property
+    def factor(self) -> int:
+        return 2 if self.downsample else 1
+
+    @property
+    def features(self) -> int:
+        """Channels of what goes on."""
+        return self.out_channels * (self.factor**2 if self.form == "depth" else 1)
+
     def map_bytes(self, dtype: torch.dtype) -> int:
-        """Size of one activation map, that is of z or of y."""
+        """Size of the pre-activation z."""
         return self.batch * self.out_channels * self.output_size**2 * dtype.itemsize
+
+    def least_bytes(self, dtype: torch.dtype) -> int:
+        """z, which the backward pass needs, and y, which goes on."""
+        y = self.batch * self.features * (self.output_size // self.factor) ** 2 * dtype.itemsize
+        return self.map_bytes(dtype) + y
 
     def __str__(self) -> str:
         text = f"{self.batch}x{self.in_channels}->{self.out_channels} {self.size}x{self.size}"
         text += f" /{self.stride}" if self.stride > 1 else ""
-        return text if self.kernel == 3 else f"{text} {self.kernel}x{self.kernel}"
+        text += f" {self.kernel}x{self.kernel}" if self.kernel != 3 else ""
+        return text if self.form == "plain" else f"{text} {self.form}"
 
 
 ROWS = (
@@ -80,6 +111,13 @@ ROWS = (
     Row(64, 256, 512, 8, 2),
     Row(32, 3, 64, 32, 4),
     Row(64, 64, 128, 28, 2, 2),
+    Row(64, 64, 64, 32, 4, form="max"),
+    Row(64, 128, 256, 16, 2, form="max"),
+    Row(128, 32, 32, 32, 4, form="max"),
+    Row(64, 64, 64, 32, 4, form="avg"),
+    Row(64, 64, 64, 32, 4, form="depth"),
+    Row(64, 64, 64, 32, 4, form="residual"),
+    Row(64, 256, 256, 8, 2, form="residual"),
 )
 
 
@@ -93,12 +131,20 @@ class EagerStage(nn.Module):
             nn.BatchNorm2d(row.out_channels),
             nn.ReLU(),
         )
+        self.downsample = {"max": nn.MaxPool2d(2), "avg": nn.AvgPool2d(2), "depth": nn.PixelUnshuffle(2)}.get(row.form)
+        self.residual = row.form == "residual"
         self.pool = nn.AdaptiveAvgPool2d(row.cells)
-        self.linear = nn.Linear(row.out_channels * row.cells**2, NUM_CLASSES)
+        self.linear = nn.Linear(row.features * row.cells**2, NUM_CLASSES)
 
     def forward(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """x [N, C_in, H, W], target [N] -> features [N, C_out, H', W'] (detached), loss []."""
-        y = self.body(x)
+        if self.residual:
+            conv, bn, relu = self.body
+            y = relu(bn(conv(x)) + x)
+        else:
+            y = self.body(x)
+        if self.downsample is not None:
+            y = self.downsample(y)
         logits = self.linear(self.pool(y).flatten(1))
         return y.detach(), F.cross_entropy(logits, target)
 
@@ -110,13 +156,15 @@ class FusedStage(nn.Module):
         super().__init__()
         import layerwise_ext as lw  # here, so that the peers run in processes that have not loaded the package
 
-        body = lw.nn.ConvBNReLU2d(row.in_channels, row.out_channels, row.kernel, row.stride, row.kernel // 2)
+        body = lw.nn.ConvBNReLU2d(
+            row.in_channels, row.out_channels, row.kernel, row.stride, row.kernel // 2, downsample=row.downsample
+        )
         body.load_state_dict(eager.body.state_dict())
-        head = lw.nn.PooledLinearHead(row.out_channels, NUM_CLASSES, bins=(row.cells, row.cells))
+        head = lw.nn.PooledLinearHead(row.features, NUM_CLASSES, bins=(row.cells, row.cells))
         with torch.no_grad():
             for ours, theirs in zip(head.parameters(), eager.linear.parameters(), strict=True):
                 ours.copy_(theirs)
-        self.stage = lw.nn.LocalStage(body, head)
+        self.stage = lw.nn.LocalStage(lw.nn.Residual(body) if row.form == "residual" else body, head)
 
     def forward(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """As `EagerStage.forward`."""

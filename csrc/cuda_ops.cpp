@@ -161,6 +161,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_moments(
           given ? torch::stable::clone(normalization.var) : var};
 }
 
+Tensor typed_weight(const Tensor& conv_weight, const Tensor& input) {
+  return conv_weight.scalar_type() == input.scalar_type() ? conv_weight
+                                                          : torch::stable::to(conv_weight, input.scalar_type());
+}
+
+// The convolution, of shape s, and its statistics.
+ConvolutionResult convolve(const Tensor& input, const Tensor& conv_weight, const Shape& s, const Ints& stride,
+                           const Ints& padding, const Ints& dilation, int64_t groups, const Device& device) {
+  const Tensor w = typed_weight(conv_weight, input);
+  const auto by_library = [&]() -> ConvolutionResult {
+    const Tensor z = convolution(input, w, stride, padding, dilation, groups);
+    const auto [mean, var] = statistics(z, layout_of(z), device);
+    return {z, mean, var};
+  };
+  return convolution_and_statistics(by_library, input, w, s, window_of(w, stride, padding, dilation), groups, device);
+}
+
+std::tuple<Tensor, Tensor, Tensor> convolution_statistics(Tensor input, Tensor conv_weight, Ints stride, Ints padding,
+                                                          Ints dilation, int64_t groups) {
+  check_map("input", input, kHalf);
+  const Shape s = convolution_shape(input, conv_weight, stride, padding, dilation, groups);
+  return convolve(input, conv_weight, s, stride, padding, dilation, groups, Device(input));
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_moments(
     Tensor input, Tensor conv_weight, OptionalTensor conv_bias, OptionalTensor weight, OptionalTensor bias,
     OptionalTensor given_mean, OptionalTensor given_var, Ints stride, Ints padding, Ints dilation, int64_t groups,
@@ -171,20 +195,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_m
   check_channels("conv_bias", conv_bias, input, s.c);
   check_normalization(input, s, weight, bias, given_mean, given_var, form);
   const Device device(input);
-  const Tensor w = conv_weight.scalar_type() == input.scalar_type()
-                       ? conv_weight
-                       : torch::stable::to(conv_weight, input.scalar_type());
-  const auto by_library = [&] { return convolution(input, w, stride, padding, dilation, groups); };
-  const auto with_statistics = [&]() -> ConvolutionResult {
-    const Tensor z = by_library();
-    const auto [mean, var] = statistics(z, layout_of(z), device);
-    return {z, mean, var};
-  };
-  auto [z, mean, var] = given_mean.has_value()
-                            ? ConvolutionResult(by_library(), torch::stable::clone(channel_values(*given_mean, input)),
-                                                torch::stable::clone(channel_values(*given_var, input)))
-                            : convolution_and_statistics(with_statistics, input, w, s,
-                                                         window_of(w, stride, padding, dilation), groups, device);
+  auto [z, mean, var] =
+      given_mean.has_value()
+          ? ConvolutionResult(convolution(input, typed_weight(conv_weight, input), stride, padding, dilation, groups),
+                              torch::stable::clone(channel_values(*given_mean, input)),
+                              torch::stable::clone(channel_values(*given_var, input)))
+          : convolve(input, conv_weight, s, stride, padding, dilation, groups, device);
   const Layout layout = layout_of(z);
   // The convolution's bias shifts z and its mean alike, so it is never added: only a given mean must lose it.
   if (given_mean.has_value() && conv_bias.has_value())
@@ -450,6 +466,7 @@ LAYERWISE_CUDA_OPERATORS(m) {
   using namespace layerwise;
   m.impl("batch_norm_statistics", TORCH_BOX(&batch_norm_statistics));
   m.impl("bn_act_moments", TORCH_BOX(&bn_act_moments));
+  m.impl("convolution_statistics", TORCH_BOX(&convolution_statistics));
   m.impl("conv_bn_act_moments", TORCH_BOX(&conv_bn_act_moments));
   m.impl("conv_bn_act_inference", TORCH_BOX(&conv_bn_act_inference));
   m.impl("bn_act_moments_backward_sums", TORCH_BOX(&bn_act_moments_backward_sums));

@@ -215,23 +215,16 @@ void winograd_convolution(const Tensor& x, const void* w, const Strides& w_strid
   cpu::winograd(p, statistics, parallel_for);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_moments(
-    Tensor input, Tensor conv_weight, OptionalTensor conv_bias, OptionalTensor weight, OptionalTensor bias,
-    OptionalTensor mean, OptionalTensor var, Ints stride, Ints padding, Ints dilation, int64_t groups,
-    LAYERWISE_FORM_PARAMETERS, bool second_moment) {
-  const Form form = LAYERWISE_FORM;
-  check_map("input", input, kHalf);
-  const Shape s = convolution_shape(input, conv_weight, stride, padding, dilation, groups);
-  check_channels("conv_bias", conv_bias, input, s.c);
-  check_normalization(input, s, weight, bias, mean, var, form);
-
+// The convolution, of shape s and in a layout that the kernels read, and its statistics where they are asked for.
+std::pair<Tensor, Statistics> convolve(const Tensor& input, const Tensor& conv_weight, const Shape& s,
+                                       const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups,
+                                       bool needs_statistics) {
   const Tensor w = conv_weight.scalar_type() == input.scalar_type()
                        ? conv_weight
                        : torch::stable::to(conv_weight, input.scalar_type());
   const int64_t pieces = convolution_pieces(s, w, input.element_size());
   Statistics statistics;
   OptionalTensor z;
-  if (mean.has_value()) statistics = {read_values(*mean), read_values(*var)};
   cpu::BatchStatistics batch(s.c);
   const bool winograd = groups == 1 && is_nested_channels_last(input) &&
                         cpu::has_winograd(map_of(input, s, Layout::kChannelsLast), shape_of(input), strides_of(input),
@@ -239,8 +232,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_m
   if (winograd) {
     z = allocate_map(input, s, Layout::kChannelsLast);
     winograd_convolution(input, w.const_data_ptr(), strides_of(w), padding[0], padding[1], *z,
-                         mean.has_value() ? nullptr : &batch);
-    if (!mean.has_value()) statistics = finish(batch, s.c);
+                         needs_statistics ? &batch : nullptr);
+    if (needs_statistics) statistics = finish(batch, s.c);
   } else if (pieces == 1) {
     z = convolution(input, w, stride, padding, dilation, groups);
   } else {
@@ -255,16 +248,40 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_m
       p.z_copy = static_cast<char*>(z->mutable_data_ptr()) + first * p.z_copy_strides.n * input.element_size();
       batch.add(p, parallel_for);
     }
-    if (!mean.has_value()) statistics = finish(batch, s.c);
+    if (needs_statistics) statistics = finish(batch, s.c);
   }
   const auto [map, layout] = readable(*z);
-  if (!winograd && pieces == 1 && !mean.has_value()) statistics = batch_statistics(map, layout);
+  if (!winograd && pieces == 1 && needs_statistics) statistics = batch_statistics(map, layout);
+  return {map, statistics};
+}
+
+std::tuple<Tensor, Tensor, Tensor> convolution_statistics(Tensor input, Tensor conv_weight, Ints stride, Ints padding,
+                                                          Ints dilation, int64_t groups) {
+  check_map("input", input, kHalf);
+  const Shape s = convolution_shape(input, conv_weight, stride, padding, dilation, groups);
+  const auto [z, statistics] = convolve(input, conv_weight, s, stride, padding, dilation, groups, true);
+  return {z, channel_tensor(z, statistics.mean), channel_tensor(z, statistics.var)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_moments(
+    Tensor input, Tensor conv_weight, OptionalTensor conv_bias, OptionalTensor weight, OptionalTensor bias,
+    OptionalTensor mean, OptionalTensor var, Ints stride, Ints padding, Ints dilation, int64_t groups,
+    LAYERWISE_FORM_PARAMETERS, bool second_moment) {
+  const Form form = LAYERWISE_FORM;
+  check_map("input", input, kHalf);
+  const Shape s = convolution_shape(input, conv_weight, stride, padding, dilation, groups);
+  check_channels("conv_bias", conv_bias, input, s.c);
+  check_normalization(input, s, weight, bias, mean, var, form);
+
+  auto [map, statistics] = convolve(input, conv_weight, s, stride, padding, dilation, groups, !mean.has_value());
+  if (mean.has_value()) statistics = {read_values(*mean), read_values(*var)};
 
   // The convolution's bias shifts z and its mean alike, so it is never added: only a given mean must lose it.
   if (mean.has_value() && conv_bias.has_value()) {
     const Values shift = read_values(*conv_bias);
     for (size_t c = 0; c < shift.size(); ++c) statistics.mean[c] -= shift[c];
   }
+  const Layout layout = result_layout(map);
   const auto [cut, cut_layout] = readable_windows(map, form);
   Normalization normalization(cut, cut_layout, statistics.mean, statistics.var, weight, bias, form);
   auto [y, m1, m2, sums] = apply(cut, cut_layout, layout, normalization, form, second_moment);
@@ -559,6 +576,7 @@ STABLE_TORCH_LIBRARY_IMPL(layerwise_ext, CPU, m) {
   using namespace layerwise;
   m.impl("batch_norm_statistics", TORCH_BOX(&batch_norm_statistics));
   m.impl("bn_act_moments", TORCH_BOX(&bn_act_moments));
+  m.impl("convolution_statistics", TORCH_BOX(&convolution_statistics));
   m.impl("conv_bn_act_moments", TORCH_BOX(&conv_bn_act_moments));
   m.impl("conv_bn_act_inference", TORCH_BOX(&conv_bn_act_inference));
   m.impl("bn_act_moments_backward_sums", TORCH_BOX(&bn_act_moments_backward_sums));

@@ -21,6 +21,10 @@ namespace layerwise {
 template <class Library>
 void define_operators(Library& m) {
   m.def("batch_norm_statistics(Tensor z) -> (Tensor mean, Tensor var)");
+  // The first half of conv_bn_act_moments, for statistics that replicas combine before the second.
+  m.def(
+      "convolution_statistics(Tensor input, Tensor conv_weight, int[] stride, int[] padding, int[] dilation, "
+      "int groups) -> (Tensor z, Tensor mean, Tensor var)");
   m.def("bn_act_moments(Tensor z, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, " LAYERWISE_FORM_SCHEMA
         ", bool second_moment) -> (Tensor y, Tensor m1, Tensor m2, Tensor sums, Tensor mean_z, Tensor var_z)");
   m.def(

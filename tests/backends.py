@@ -22,6 +22,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 OPERATORS = (
     "batch_norm_statistics",
+    "convolution_statistics",
     "bn_act_moments",
     "conv_bn_act_moments",
     "conv_bn_act_inference",

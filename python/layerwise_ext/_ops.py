@@ -115,6 +115,13 @@ def _fake_convolution(input: Tensor, conv_weight: Tensor, *convolution: Any) -> 
     return _empty_map(z, list(z.shape), _is_channels_last(z), z.dtype)
 
 
+@torch.library.register_fake("layerwise_ext::convolution_statistics")
+def _(input, conv_weight, *convolution):
+    _check_devices(input, conv_weight=conv_weight)
+    z = _fake_convolution(input, conv_weight, *convolution)
+    return z, *(z.new_empty(z.size(1), dtype=_accumulation_dtype(z)) for _ in range(2))
+
+
 @torch.library.register_fake("layerwise_ext::conv_bn_act_moments")
 def _(input, conv_weight, conv_bias, weight, bias, mean, var, stride, padding, dilation, groups, *form_and_second):
     *form, second_moment = form_and_second
@@ -339,17 +346,22 @@ def _backward_bn(ctx: Any, grad_y: Any, grad_m1: Any, grad_m2: Any, *_: Any) -> 
     form = _saved_form(ctx, *tensors)
     gradients = (grad_y, grad_m1, grad_m2)
     common = (mean, var, weight, bias, *form)
-    # Replicas would add up their sums here, between the two operators.
     dgamma, dbeta, dslope = operators.bn_act_moments_backward_sums(z, *gradients, sums, *common)
+    totals = _over_replicas(ctx, dgamma, dbeta)
     needs_z, needs_residual = ctx.needs_input_grad[1], _needs_residual(ctx, 6)
     dz = grad_residual = None
     if needs_z or needs_residual:
         dz, grad_residual = operators.bn_act_moments_backward(
-            z, *gradients, dgamma, dbeta, *common, ctx.count, needs_residual
+            z, *gradients, *totals, *common, ctx.count, needs_residual
         )
     form_gradients = _form_gradients(form, dslope, grad_residual if needs_residual else None)
     wanted = (dz if needs_z else None, _like(dgamma, weight), _like(dbeta, bias), None, None, *form_gradients, None)
     return _once_differentiable(wanted)
+
+
+def _over_replicas(ctx: Any, *sums: Tensor) -> tuple[Tensor, ...]:
+    """The sums that dz depends on: this process's, or those of all replicas (:mod:`layerwise_ext._replicas`)."""
+    return ctx.group.add(sums) if hasattr(ctx, "group") else sums
 
 
 def _needs_residual(ctx: Any, first: int) -> bool:
@@ -382,6 +394,7 @@ def _backward_conv(ctx: Any, grad_y: Any, grad_m1: Any, grad_m2: Any, *_: Any) -
     dgamma, dbeta, dslope = operators.bn_act_moments_backward_sums(z, *gradients, sums, *common)
     if _is_last_reader(ctx, sums):
         sums.untyped_storage().resize_(0)  # the weight gradient needs room
+    totals = _over_replicas(ctx, dgamma, dbeta)
     needs_input, needs_weight, needs_bias = ctx.needs_input_grad[1:4]
     needs_residual = _needs_residual(ctx, 12)
     grad_input = grad_weight = grad_bias = grad_residual = None
@@ -392,7 +405,7 @@ def _backward_conv(ctx: Any, grad_y: Any, grad_m1: Any, grad_m2: Any, *_: Any) -
             else operators.conv_bn_act_moments_backward
         )
         grad_input, grad_weight, grad_residual = backward(
-            z, *gradients, dgamma, dbeta, *common, ctx.count, input, conv_weight, *ctx.convolution,
+            z, *gradients, *totals, *common, ctx.count, input, conv_weight, *ctx.convolution,
             needs_input, needs_weight, needs_residual,
         )  # fmt: skip
     if conv_bias is not None and needs_bias:

@@ -13,7 +13,9 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from . import _replicas
 from ._ops import Form, _is_channels_last
 from ._ops import operators as _lib
 
@@ -126,6 +128,14 @@ def _make_form(
     return Form(eps, activation, negative_slope, upper_slope, slope, seed, residual, mode, window, ceil_mode, bins)
 
 
+def _replicas_of(process_group: ProcessGroup | None) -> _replicas.Replicas | None:
+    """None for a group of one."""
+    if process_group is None:
+        return None
+    _replicas.check(process_group)
+    return _replicas.Replicas(process_group) if process_group.size() > 1 else None
+
+
 def _check_rank(name: str, t: Tensor) -> None:
     if t.dim() != 4:
         raise ValueError(f"{name} must have 4 dimensions [N, C, H, W], got shape {list(t.shape)}")
@@ -149,6 +159,7 @@ def bn_act_moments(
     residual: Tensor | None = None,
     downsample: Downsample = None,
     ceil_mode: bool = False,
+    process_group: ProcessGroup | None = None,
     bins: Pair = (1, 1),
     second_moment: bool = True,
 ) -> ActivationMoments:
@@ -183,6 +194,8 @@ def bn_act_moments(
             ``'space_to_depth'`` moves it to the channels as ``pixel_unshuffle`` does, and the factor must divide the
             size. Only the reduced map is written, and the moments are its own.
         ceil_mode: whether windows that the edge cuts off count.
+        process_group: with ``training``, the processes whose batches are normalised together, as
+            :class:`torch.nn.SyncBatchNorm` does; None: this one alone.
         bins: cells of the moments, ``(bins_h, bins_w)`` or one int for both; those of ``adaptive_avg_pool2d``.
         second_moment: whether ``m2`` is wanted. A loss of ``m1`` alone saves its time and half of the sums' memory.
 
@@ -198,7 +211,8 @@ def bn_act_moments(
     mode, window = _downsampling(downsample)
     if mode == "stride":
         z = z[..., :: window[0], :: window[1]]
-    if training:
+    replicas = _replicas_of(process_group) if training else None
+    if training and replicas is None:
         _check_more_than_one_value(z.shape)
     if slope is not None and slope.dim() == 1 and slope.size(0) == 1:
         slope = slope.expand(z.size(1))
@@ -207,8 +221,14 @@ def bn_act_moments(
         _pair("bins", bins),
     )  # fmt: skip
     mean, var = (None, None) if training else (running_mean, running_var)
-    y, m1, m2, _, mean_z, var_z = _lib.bn_act_moments(z, weight, bias, mean, var, *form, second_moment)
-    if training and running_mean is not None:
+    arguments = (z, weight, bias, mean, var, *form, second_moment)
+    if replicas is not None:
+        y, m1, m2, _, mean_z, var_z = _replicas.bn_act_moments(replicas, *arguments)
+    else:
+        y, m1, m2, _, mean_z, var_z = _lib.bn_act_moments(*arguments)
+    if replicas is not None and running_mean is not None:
+        replicas.update_running_statistics(running_mean, cast(Tensor, running_var), mean_z, var_z, None, momentum)
+    elif training and running_mean is not None:
         count = z.numel() // z.size(1)
         _lib.update_running_statistics_(running_mean, running_var, mean_z, var_z, None, count, momentum)
     return ActivationMoments(y, m1, m2 if second_moment else cast(Tensor, None))
@@ -238,6 +258,7 @@ def conv_bn_act_moments(
     residual: Tensor | None = None,
     downsample: Downsample = None,
     ceil_mode: bool = False,
+    process_group: ProcessGroup | None = None,
     bins: Pair = (1, 1),
     second_moment: bool = True,
 ) -> ActivationMoments:
@@ -253,8 +274,8 @@ def conv_bn_act_moments(
         conv_bias: ``[C_out]`` or None. Batch statistics cancel it; it only moves ``running_mean``.
         stride, padding, dilation, groups: as :func:`torch.nn.functional.conv2d`.
         running_mean, running_var, weight, bias, training, momentum, eps, activation, negative_slope, upper_slope,
-            slope, seed, residual, ceil_mode, bins, second_moment: as :func:`bn_act_moments`; the residual has the shape
-            of the convolution's output.
+            slope, seed, residual, ceil_mode, process_group, bins, second_moment: as :func:`bn_act_moments`; the
+            residual has the shape of the convolution's output.
         downsample: as :func:`bn_act_moments`; ``'stride'`` multiplies the stride of the convolution.
 
     Returns:
@@ -262,13 +283,13 @@ def conv_bn_act_moments(
 
     Raises:
         ValueError: one value per channel in training, momentum outside [0, 1], statistics missing.
-        TypeError: ``conv_weight`` and ``input`` differ in dtype outside autocast.
+        TypeError: ``conv_weight`` and ``input`` differ in dtype outside autocast; ``process_group`` is none.
         RuntimeError: wrong shape, dtype, device, bins, eps or activation.
     """
     return _conv_bn_act_moments(
         input, conv_weight, conv_bias, running_mean, running_var, weight, bias,
         _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups, training, momentum,
-        eps, activation, negative_slope, upper_slope, slope, seed, residual, downsample, ceil_mode,
+        eps, activation, negative_slope, upper_slope, slope, seed, residual, downsample, ceil_mode, process_group,
         _pair("bins", bins), second_moment,
     )  # fmt: skip
 
@@ -297,12 +318,14 @@ def conv_bn_act(
     residual: Tensor | None = None,
     downsample: Downsample = None,
     ceil_mode: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """:func:`conv_bn_act_moments` without the moments: the activation ``y`` alone, ``[N, C_out, H, W]``."""
     return _conv_bn_act_moments(
         input, conv_weight, conv_bias, running_mean, running_var, weight, bias,
         _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups, training, momentum,
-        eps, activation, negative_slope, upper_slope, slope, seed, residual, downsample, ceil_mode, [], False,
+        eps, activation, negative_slope, upper_slope, slope, seed, residual, downsample, ceil_mode, process_group,
+        [], False,
     ).y  # fmt: skip
 
 
@@ -424,6 +447,7 @@ def _conv_bn_act_moments(
     residual: Tensor | None,
     downsample: Downsample,
     ceil_mode: bool,
+    process_group: ProcessGroup | None,
     bins: list[int],
     second_moment: bool,
 ) -> ActivationMoments:
@@ -433,7 +457,8 @@ def _conv_bn_act_moments(
     mode, window = _downsampling(downsample)
     if mode == "stride":
         stride = [s * w for s, w in zip(stride, window, strict=True)]
-    if training and input.size(0) == 1:
+    replicas = _replicas_of(process_group) if training else None
+    if training and replicas is None and input.size(0) == 1:
         _check_more_than_one_value([1, conv_weight.size(0), *_conv_size(input, conv_weight, stride, padding, dilation)])
     device = input.device.type
     if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
@@ -452,10 +477,14 @@ def _conv_bn_act_moments(
         y = _lib.conv_bn_act_inference(*tensors, running_mean, running_var, *convolution, *form)
         return ActivationMoments(y, cast(Tensor, None), cast(Tensor, None))
     mean, var = (None, None) if training else (running_mean, running_var)
-    y, m1, m2, _, mean_z, var_z, z = _lib.conv_bn_act_moments(
-        *tensors, mean, var, *convolution, *form, second_moment,
-    )  # fmt: skip
-    if training and running_mean is not None:
+    arguments = (*tensors, mean, var, *convolution, *form, second_moment)
+    if replicas is not None:
+        y, m1, m2, _, mean_z, var_z, z = _replicas.conv_bn_act_moments(replicas, *arguments)
+    else:
+        y, m1, m2, _, mean_z, var_z, z = _lib.conv_bn_act_moments(*arguments)
+    if replicas is not None and running_mean is not None:
+        replicas.update_running_statistics(running_mean, cast(Tensor, running_var), mean_z, var_z, conv_bias, momentum)
+    elif training and running_mean is not None:
         count = z.numel() // z.size(1)
         _lib.update_running_statistics_(running_mean, running_var, mean_z, var_z, conv_bias, count, momentum)
     return ActivationMoments(y, m1, m2 if second_moment else cast(Tensor, None))

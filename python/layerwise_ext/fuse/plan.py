@@ -191,7 +191,7 @@ class _Graph:
         """``plain`` with the addition and the activation that follow it."""
         node, watched = self.through_identities(bn_node)
         reader = self.only_reader(node)
-        if reader is not None and promise.RESIDUAL and self.adds(reader, node):
+        if reader is not None and self.adds(reader, node):
             summed, more = self.through_identities(reader)
             final = self.only_reader(summed)
             for last, steps in ((final, watched + more), (reader, watched)):
@@ -252,7 +252,7 @@ class _Graph:
             return None
         if node.op == "call_function":
             found = promise.activation_of(node.target, node.args, node.kwargs)
-            return None if found is None else found[0]
+            return None if found is None else str(found["activation"])
         module = self.module(node)
         return None if module is None else promise.activation_of_module(module)
 

@@ -18,10 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from layerwise_ext import functional
-from layerwise_ext.nn.conv import ACTIVATIONS
-
-# Whether functional.conv_bn_act takes residual=.
-RESIDUAL = False
+from layerwise_ext.nn.conv import describe_activation
 
 _MAP_DTYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float64),
@@ -31,30 +28,46 @@ _MAP_DTYPES = {
 
 # -- Activations -------------------------------------------------------------------------------------------------------
 #
-# Each function that PyTorch's activation modules call, with its own arguments, to (activation, negative_slope).
+# Each function that PyTorch's activation modules call, with its own arguments, to the options of conv_bn_act.
+
+Options = dict[str, Any]
 
 
-def _named(name: str) -> Callable[..., tuple[str, float]]:
-    return lambda input, inplace=False: (name, 0.01)
+def _named(name: str) -> Callable[..., Options]:
+    return lambda input, inplace=False: {"activation": name}
 
 
-def _leaky_relu(input: Any, negative_slope: float = 0.01, inplace: bool = False) -> tuple[str, float]:
-    return "leaky_relu", negative_slope
+def _leaky_relu(input: Any, negative_slope: float = 0.01, inplace: bool = False) -> Options:
+    return {"activation": "leaky_relu", "negative_slope": negative_slope}
 
 
-def _hardtanh(input: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> tuple[str, float]:
-    return "relu6" if (min_val, max_val) == (0.0, 6.0) else "hardtanh", 0.01
+def _prelu(input: Any, weight: Any) -> Options:
+    return {"activation": "prelu", "slope": weight}
 
 
-def _gelu(input: Any, approximate: str = "none") -> tuple[str, float]:
-    return "gelu" if approximate == "none" else "gelu_tanh", 0.01
+def _rrelu(
+    input: Any, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False
+) -> Options:
+    if training:
+        return {"activation": "rrelu", "negative_slope": lower, "upper_slope": upper}
+    return {"activation": "leaky_relu", "negative_slope": (lower + upper) / 2}
 
 
-_ACTIVATION_FUNCTIONS: dict[Any, Callable[..., tuple[str, float]]] = {
+def _hardtanh(input: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Options | None:
+    return {"activation": "relu6"} if (min_val, max_val) == (0.0, 6.0) else None
+
+
+def _gelu(input: Any, approximate: str = "none") -> Options:
+    return {"activation": "gelu" if approximate == "none" else "gelu_tanh"}
+
+
+_ACTIVATION_FUNCTIONS: dict[Any, Callable[..., Options | None]] = {
     F.relu: _named("relu"),
     torch.relu: _named("relu"),
     torch.relu_: _named("relu"),
     F.leaky_relu: _leaky_relu,
+    F.prelu: _prelu,
+    F.rrelu: _rrelu,
     F.relu6: _named("relu6"),
     F.hardtanh: _hardtanh,  # nn.ReLU6
     F.silu: _named("silu"),
@@ -65,31 +78,20 @@ _ACTIVATION_FUNCTIONS: dict[Any, Callable[..., tuple[str, float]]] = {
 }
 
 
-def activation_of(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[str, float] | None:
-    """``(activation, negative_slope)`` of a call of ``function``; None where the operator has no such activation."""
+def activation_of(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Options | None:
+    """Options of the operator for a call of ``function``; None where it has no such activation."""
     describe = _ACTIVATION_FUNCTIONS.get(function)
-    if describe is None:
-        return None
-    activation, negative_slope = describe(*args, **kwargs)
-    return (activation, negative_slope) if activation in ACTIVATIONS else None
-
-
-_ACTIVATION_MODULES: dict[type[nn.Module], str] = {
-    nn.ReLU: "relu",
-    nn.LeakyReLU: "leaky_relu",
-    nn.ReLU6: "relu6",
-    nn.SiLU: "silu",
-    nn.Hardswish: "hardswish",
-    nn.GELU: "gelu",
-    nn.Tanh: "tanh",
-    nn.Sigmoid: "sigmoid",
-}
+    return None if describe is None else describe(*args, **kwargs)
 
 
 def activation_of_module(module: nn.Module) -> str | None:
     """The name of the activation that ``module`` is, if the operator has it."""
-    name = _ACTIVATION_MODULES.get(type(module))
-    return name if name in ACTIVATIONS else None
+    if isinstance(module, nn.Identity):
+        return None
+    try:
+        return describe_activation(module)[0]
+    except TypeError:
+        return None
 
 
 _ADDITIONS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
@@ -273,7 +275,7 @@ class Promise:
         if isinstance(first, cls) and first._is_open(normalised=True):
             activation = activation_of(func, args, kwargs)
             if activation is not None:
-                return first._compute(*activation)
+                return first._compute(**activation)
         if func in _ADDITIONS and len(args) == 2 and not kwargs:
             pair = args if isinstance(first, cls) else (args[1], first)
             return pair[0]._add(pair[1])
@@ -382,16 +384,15 @@ class Promise:
                 "ran: this model needs layerwise_ext.unfuse_(model)"
             )
 
-    def _compute(self, activation: str, negative_slope: float = 0.01) -> Tensor:
+    def _compute(self, activation: str, **options: Any) -> Tensor:
         self._check_unchanged()
         self.is_fulfilled = True
         x, conv_weight, conv_bias, stride, padding, dilation, groups = self.convolution
         running_mean, running_var, weight, bias, training, momentum, eps = self.batch_norm
-        residual = {} if self.residual is None else {"residual": self.residual}
         return functional.conv_bn_act(
             x, conv_weight, conv_bias, running_mean, running_var, weight, bias,
             stride=stride, padding=padding, dilation=dilation, groups=groups, training=training, momentum=momentum,
-            eps=eps, activation=activation, negative_slope=negative_slope, **residual,
+            eps=eps, activation=activation, residual=self.residual, **options,
         )  # fmt: skip
 
 

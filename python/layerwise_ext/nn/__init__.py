@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from layerwise_ext.nn.conv import AcceleratedDownsample2d, ConvBNReLU2d
+from layerwise_ext.nn.conv import AcceleratedDownsample2d, ConvBNReLU2d, revert_sync_batchnorm
 from layerwise_ext.nn.heads import HeadOutput, LocalHead, PooledLinearHead
 from layerwise_ext.nn.moments import PooledMoments
 from layerwise_ext.nn.stage import LocalStage, StageOutput
@@ -16,4 +16,5 @@ __all__ = [
     "PooledLinearHead",
     "PooledMoments",
     "StageOutput",
+    "revert_sync_batchnorm",
 ]

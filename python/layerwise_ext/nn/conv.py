@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -43,7 +44,8 @@ class ConvBNReLU2d(nn.Module):
     and ``1.*``, load as well. Batch norm follows
     :class:`torch.nn.BatchNorm2d` in everything: ``bn.training`` decides between batch and running statistics,
     ``momentum=None`` averages cumulatively, ``track_running_stats=False`` always uses the batch (Ioffe & Szegedy 2015,
-    arXiv 1502.03167).
+    arXiv 1502.03167). Once ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` made ``bn`` a SyncBatchNorm, the layer
+    normalises over all processes of its group, on the CPU, too; :func:`revert_sync_batchnorm` undoes it.
 
     The children's ``forward`` is never called: hooks registered on ``conv`` or ``bn`` do not run. Hooks on this layer
     run when it is called, not when a :class:`LocalStage` asks it for moments: register those on the stage.
@@ -62,6 +64,8 @@ class ConvBNReLU2d(nn.Module):
             factor an int or ``(h, w)``: see :func:`layerwise_ext.functional.bn_act_moments`. The full-resolution
             activation is never written.
         ceil_mode: whether windows that the edge cuts off count, as in the pooling layers.
+        process_group: the processes whose batches are normalised together in training, also where
+            DistributedDataParallel refuses a SyncBatchNorm (on the CPU).
         device, dtype: of the parameters; float32, bfloat16 or float64.
 
     Shapes:
@@ -73,7 +77,7 @@ class ConvBNReLU2d(nn.Module):
     """
 
     conv: nn.Conv2d
-    bn: nn.BatchNorm2d
+    bn: nn.BatchNorm2d | nn.SyncBatchNorm
     act: nn.PReLU | None  # a child only where it has a parameter
 
     def __init__(
@@ -97,6 +101,7 @@ class ConvBNReLU2d(nn.Module):
         upper_slope: float = 1 / 3,
         downsample: functional.Downsample = None,
         ceil_mode: bool = False,
+        process_group: dist.ProcessGroup | None = None,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -125,12 +130,13 @@ class ConvBNReLU2d(nn.Module):
         self.upper_slope = upper_slope
         self.downsample = downsample
         self.ceil_mode = ceil_mode
+        self.process_group = process_group
 
     @classmethod
     def from_modules(
         cls,
         conv: nn.Conv2d,
-        bn: nn.BatchNorm2d,
+        bn: nn.BatchNorm2d | nn.SyncBatchNorm,
         act: nn.Module | None = None,
         *,
         downsample: functional.Downsample = None,
@@ -146,10 +152,10 @@ class ConvBNReLU2d(nn.Module):
             ValueError: different channel counts, or hooks on ``conv`` or ``bn``, which the fused layer would not run.
         """
         _check_plain("conv", conv, nn.Conv2d)
-        _check_plain("bn", bn, nn.BatchNorm2d)
+        _check_plain("bn", bn, nn.SyncBatchNorm if isinstance(bn, nn.SyncBatchNorm) else nn.BatchNorm2d)
         if conv.out_channels != bn.num_features:
             raise ValueError(f"conv gives {conv.out_channels} channels but bn normalises {bn.num_features}")
-        activation, negative_slope, upper_slope = _describe_activation(act, conv.out_channels)
+        activation, negative_slope, upper_slope = describe_activation(act, conv.out_channels)
         functional._downsampling(downsample)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
@@ -162,6 +168,7 @@ class ConvBNReLU2d(nn.Module):
         layer.upper_slope = upper_slope
         layer.downsample = downsample
         layer.ceil_mode = ceil_mode
+        layer.process_group = None
         layer.training = bn.training
         return layer
 
@@ -249,6 +256,7 @@ class ConvBNReLU2d(nn.Module):
             "slope": self.act.weight if activation == "prelu" else None,  # type: ignore[union-attr]
             "downsample": self.downsample,
             "ceil_mode": self.ceil_mode,
+            "process_group": _group_of(bn) if isinstance(bn, nn.SyncBatchNorm) else self.process_group,
         }
         return tensors, options
 
@@ -318,6 +326,32 @@ class AcceleratedDownsample2d(nn.Module):
         return f"mode={self.mode!r}, factor={self.factor}, ceil_mode={self.ceil_mode}"
 
 
+def _group_of(bn: nn.SyncBatchNorm) -> Any:
+    """The processes that it normalises over; None without any, as in a script that is not distributed."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    return dist.group.WORLD if bn.process_group is None else bn.process_group
+
+
+def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
+    """Turns each nn.SyncBatchNorm of a network back into an nn.BatchNorm2d with the same parameters and buffers.
+
+    The inverse of :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` for networks of 4-D maps.
+
+    Returns:
+        ``module``, changed in place; a new module if it is itself an nn.SyncBatchNorm.
+    """
+    if isinstance(module, nn.SyncBatchNorm):
+        plain = nn.BatchNorm2d(
+            module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats, device="meta"
+        )
+        plain._parameters, plain._buffers = module._parameters, module._buffers
+        return plain.train(module.training)
+    for name, child in module.named_children():
+        setattr(module, name, revert_sync_batchnorm(child))
+    return module
+
+
 def _pad(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
     """The input padded as ``conv`` would pad it, and the zero padding that is left for the operator."""
     if conv.padding_mode != "zeros":
@@ -341,8 +375,13 @@ def _check_plain(name: str, module: nn.Module, expected: type[nn.Module]) -> Non
         raise ValueError(f"{name} has hooks, which the fused layer would not run; remove them first")
 
 
-def _describe_activation(act: nn.Module | None, channels: int) -> tuple[str, float, float]:
-    """Name, negative_slope and upper_slope."""
+def describe_activation(act: nn.Module | None, channels: int | None = None) -> tuple[str, float, float]:
+    """Name, negative_slope and upper_slope of the activation that a module is.
+
+    Raises:
+        TypeError: a module of another class.
+        ValueError: nn.PReLU with neither one slope nor one for each of so many channels.
+    """
     plain = (0.01, 1 / 3)
     if act is None:
         return "identity", *plain
@@ -352,7 +391,7 @@ def _describe_activation(act: nn.Module | None, channels: int) -> tuple[str, flo
         return "rrelu", act.lower, act.upper
     if type(act) is nn.GELU and act.approximate == "tanh":
         return "gelu_tanh", *plain
-    if type(act) is nn.PReLU and act.num_parameters not in (1, channels):
+    if type(act) is nn.PReLU and channels is not None and act.num_parameters not in (1, channels):
         raise ValueError(f"act is nn.PReLU with {act.num_parameters} slopes; allowed: 1 or {channels}")
     for name, kind in _MODULES.items():
         if type(act) is kind:
