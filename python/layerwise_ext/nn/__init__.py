@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from layerwise_ext.nn.chain import FusedChain, Residual
 from layerwise_ext.nn.conv import ConvBNReLU2d
 from layerwise_ext.nn.heads import HeadOutput, LocalHead, PooledLinearHead
 from layerwise_ext.nn.moments import PooledMoments
@@ -9,10 +10,12 @@ from layerwise_ext.nn.stage import LocalStage, StageOutput
 
 __all__ = [
     "ConvBNReLU2d",
+    "FusedChain",
     "HeadOutput",
     "LocalHead",
     "LocalStage",
     "PooledLinearHead",
     "PooledMoments",
+    "Residual",
     "StageOutput",
 ]
