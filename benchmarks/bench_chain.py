@@ -22,12 +22,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import layerwise_ext as lw
 import peak_memory
 import torch
 import torch._dynamo
 from chain_peers import CASES, CHECKPOINTS, STEPS, Case, inputs, outcome, reference_step, training_step
 from harness import RESULTS, Quartiles, Sampling, environment, geometric_mean, interleave, ratios, write_json
-from layerwise_ext import _memory
+from layerwise_ext import _C, _memory
 from peers import COMPILE, DTYPES, EAGER, OURS, TrainingStep
 
 PEERS = tuple(name for name in STEPS if name != OURS)
@@ -106,6 +107,8 @@ def measure_time(
 def memory_in_fresh_process(name: str, case: Case, dtype: str, arguments: argparse.Namespace) -> dict[str, int]:
     spec = ",".join(map(str, case))
     options = ["--memory-of", name, "--cases", spec, "--dtypes", dtype, "--threads", str(arguments.threads)]
+    if arguments.cache_limit is not None:
+        options += ["--cache-limit", str(arguments.cache_limit)]
     return peak_memory.json_of(__file__, [*options, "--device", arguments.device])
 
 
@@ -203,9 +206,6 @@ def print_summary(summary: dict[str, Any]) -> None:
 
 def describe(arguments: argparse.Namespace, sampling: Sampling) -> dict[str, Any]:
     """Head of the result file: machine, versions, commit, date, settings."""
-    import layerwise_ext as lw
-    from layerwise_ext import _C
-
     head = {"benchmark": "bench_chain", **environment()}
     head["machine"]["layerwise_cpu_capability"] = _C.cpu_capability()
     head["versions"]["layerwise_ext"] = lw.__version__
@@ -216,6 +216,7 @@ def describe(arguments: argparse.Namespace, sampling: Sampling) -> dict[str, Any
         "complete": arguments.complete,
         "quick": arguments.quick,
         "device": arguments.device,
+        "cache_limit": lw.cache_limit(),
         "sampling": sampling._asdict(),
         "targets": TARGETS,
         "tolerance": {"times_eager": TIMES_EAGER, "and_more": AND_MORE},
@@ -240,6 +241,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--cases", nargs="+", type=case, metavar="NETWORK,BATCH[,WIDTH]")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
+    parser.add_argument("--cache-limit", type=int, metavar="MIB", help="of this package's pool, instead of its default")
     parser.add_argument("--output", type=Path, help="the JSON file to write")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out the peak memory")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out torch.compile")
@@ -250,7 +252,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA device")
     whole = arguments.cases is None and arguments.dtypes == list(DTYPES) and arguments.memory and arguments.compile
-    arguments.complete = whole and not arguments.quick
+    arguments.complete = whole and not arguments.quick and arguments.cache_limit is None
     arguments.cases = arguments.cases or (QUICK_CASES if arguments.quick else CASES)
     if arguments.output is None:
         suffix = "" if arguments.complete else "-partial"
@@ -261,6 +263,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     torch.set_num_threads(arguments.threads)
+    if arguments.cache_limit is not None:
+        lw.set_cache_limit(arguments.cache_limit << 20)
     if arguments.device == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = False  # else fp32 is not float32
