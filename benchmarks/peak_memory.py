@@ -10,6 +10,8 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from layerwise_ext._memory import peak_of_step, return_freed_memory
@@ -22,10 +24,16 @@ def in_fresh_process(name: str, row: Row, dtype: str, threads: int) -> int:
     """Peak bytes of one step of ``name``, see the top of this file."""
     spec = ",".join(map(str, row))
     options = ["--name", name, "--row", spec, "--dtype", dtype, "--threads", str(threads)]
-    done = subprocess.run([sys.executable, __file__, *options], capture_output=True, text=True, check=False)
+    return int(json_of(__file__, options)["peak_bytes"])
+
+
+def json_of(program: str, options: Sequence[str]) -> dict[str, Any]:
+    """The last line that a program prints, run in a process of its own."""
+    done = subprocess.run([sys.executable, program, *options], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise RuntimeError(f"measuring the memory of {name} ({dtype}, {row}) failed:\n{done.stderr[-2000:]}")
-    return int(json.loads(done.stdout.splitlines()[-1])["peak_bytes"])
+        raise RuntimeError(f"{program} {' '.join(options)} failed:\n{done.stderr[-2000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def main() -> None:

@@ -215,7 +215,7 @@ def training_step(name: str, row: Row, dtype: torch.dtype, x: Tensor, target: Te
     eager = eager_stage(row).to(x.device)
     if name == CONTIGUOUS:
         return _training_step(eager, eager, dtype, x.contiguous(), target)
-    _use_channels_last(eager)
+    use_channels_last(eager)
     if name == EAGER:
         return _training_step(eager, eager, dtype, x, target)
     if name.partition(":")[0] == COMPILE:
@@ -223,12 +223,12 @@ def training_step(name: str, row: Row, dtype: torch.dtype, x: Tensor, target: Te
         return _training_step(eager, torch.compile(eager, dynamic=False, mode=mode), dtype, x, target)
     if name == OURS:
         fused = FusedStage(row, eager).to(x.device)
-        _use_channels_last(fused)
+        use_channels_last(fused)
         return _training_step(fused, fused, dtype, x, target)
     raise ValueError(f"unknown contestant {name!r}, choose from {', '.join(STEPS)}")
 
 
-def _use_channels_last(module: nn.Module) -> None:
+def use_channels_last(module: nn.Module) -> None:
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's annotations
 
 

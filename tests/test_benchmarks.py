@@ -16,9 +16,11 @@ if not BENCHMARKS.is_dir():
     pytest.skip("benchmarks/ is not beside tests/", allow_module_level=True)
 sys.path.insert(0, str(BENCHMARKS))
 
+import bench_chain  # noqa: E402
 import bench_stage  # noqa: E402
 import harness  # noqa: E402
 import readme_table  # noqa: E402
+from chain_peers import CHECKPOINTS, LAYERS, Case  # noqa: E402
 from layerwise_ext import _memory  # noqa: E402
 from peers import COMPILE, CONTIGUOUS, CONVOLUTION, EAGER, OURS, Row  # noqa: E402
 
@@ -201,3 +203,71 @@ def test_readme_without_markers(tmp_path, capsys):
 
 def test_readme_says_what_the_results_say():
     assert readme_table.main(["--check"]) == 0
+
+
+# -- Chains ------------------------------------------------------------------------------------------------------------
+
+
+def test_chain_result_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_chain, "QUICK", harness.Sampling(warmup=1, min_rounds=2, max_rounds=2, seconds=0.0))
+    path = tmp_path / "bench_chain-tiny.json"
+    options = ["--cases", "vgg16,4,4", "resnet18,4,4", "resnet50,4,4", "--no-compile", "--no-memory"]
+    assert bench_chain.main(["--quick", *options, "--output", str(path)]) == 0
+    result = json.loads(path.read_text())
+    assert result["benchmark"] == "bench_chain"
+    assert result["settings"]["complete"] is False
+    assert [(e["case"]["network"], e["dtype"]) for e in result["rows"]] == [
+        (network, dtype) for network in ("vgg16", "resnet18", "resnet50") for dtype in ("fp32", "bf16")
+    ]
+    for entry in result["rows"]:
+        assert entry["milliseconds"].keys() == {OURS, LAYERS, EAGER, *CHECKPOINTS}
+        assert entry["ratio"].keys() == {LAYERS, EAGER, *CHECKPOINTS}
+        assert entry["error"].keys() == entry["milliseconds"].keys()
+    assert result["summary"]["fp32"]["ratio"][EAGER].keys() == {"geometric_mean", "worst"}
+
+
+@pytest.mark.skipif(_memory.unavailable() is not None, reason=str(_memory.unavailable()))
+def test_memory_of_a_chain():
+    arguments = bench_chain.parse(["--threads", "1"])
+    case = Case("vgg16", 16, 8)  # its largest maps have half a MiB, all pre-activations about 2
+    peaks = bench_chain.memory_in_fresh_process(OURS, case, "fp32", arguments)
+    assert 2 << 20 <= peaks["activation_bytes"] <= peaks["peak_bytes"] + (1 << 20) <= 12 << 20
+    entry = {"activation_bytes": {OURS: 1, EAGER: 2}, "peak_bytes": {OURS: 1}}
+    assert bench_chain.memory_ratio(entry, EAGER) == 0.5
+    assert bench_chain.memory_ratio(entry, EAGER, "peak_bytes") is None
+
+
+def test_different_chains_are_not_timed(monkeypatch, tmp_path, capsys):
+    right = bench_chain.training_step
+
+    def wrong(name, *arguments):
+        step = right(name, *arguments)
+        if name != LAYERS:
+            return step
+
+        def loss():
+            value = step.loss()
+            for parameter in step.module.parameters():
+                parameter.grad *= 1.01
+            return value
+
+        return dataclasses.replace(step, loss=loss)
+
+    monkeypatch.setattr(bench_chain, "training_step", wrong)
+    output = tmp_path / "result.json"
+    options = ["--cases", "vgg16,4,4", "--dtypes", "fp32", "--no-compile", "--no-memory", "--output", str(output)]
+    assert bench_chain.main(options) == 1
+    assert "loss and gradients of layers differ" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_only_a_complete_run_of_chains_writes_the_published_file():
+    assert bench_chain.parse([]).output.name == "bench_chain-cpu.json"
+    for options in (["--quick"], ["--no-compile"], ["--no-memory"], ["--dtypes", "fp32"], ["--cases", "vgg16,4"]):
+        assert bench_chain.parse(options).output.name == "bench_chain-cpu-partial.json"
+
+
+@pytest.mark.parametrize("text", ["", "vgg16", "vgg99,4", "vgg16,0", "vgg16,4,-1", "vgg16,4,8,1"])
+def test_bad_case(text):
+    with pytest.raises(ValueError, match="case must be"):
+        Case.parse(text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -217,16 +217,26 @@ class ConvBNReLU2d(nn.Module):
             *tensors, residual=residual, bins=bins, second_moment=second_moment, **options
         )
 
+    @property
+    def is_synchronised(self) -> bool:
+        """Whether the layer normalises over several processes in training."""
+        return self.process_group is not None or isinstance(self.bn, nn.SyncBatchNorm)
+
     def _arguments(self, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Tensors and options of the operator; counts the batch, as nn.BatchNorm2d.forward does.
+        """Tensors and options of the operator; counts the batch, as nn.BatchNorm2d.forward does."""
+        border, tensors, options = self._settings()
+        if border is not None:
+            x = border.around(x)
+        return (x, *tensors), options
+
+    def _settings(self) -> tuple[Border | None, tuple[Any, ...], dict[str, Any]]:
+        """What the input is padded with, the operator's other tensors, its options; counts the batch.
 
         Everything is read from the children at each call, since users change them after construction (stride and
         dilation for segmentation, momentum, a parametrised weight).
         """
         conv, bn = self.conv, self.bn
-        padding: Any = conv.padding
-        if conv.padding_mode != "zeros" or padding.__class__ is str:
-            x, padding = _pad(conv, x)
+        border, padding = _padding(conv)
 
         training, momentum = bn.training, bn.momentum
         running_mean, running_var = bn.running_mean, bn.running_var
@@ -241,7 +251,7 @@ class ConvBNReLU2d(nn.Module):
         activation, negative_slope = self.activation, self.negative_slope
         if activation == "rrelu" and not self.training:
             activation, negative_slope = "leaky_relu", (negative_slope + self.upper_slope) / 2
-        tensors = (x, conv.weight, conv.bias, running_mean, running_var, bn.weight, bn.bias)
+        tensors = (conv.weight, conv.bias, running_mean, running_var, bn.weight, bn.bias)
         options = {
             "stride": conv.stride,
             "padding": padding,
@@ -258,7 +268,7 @@ class ConvBNReLU2d(nn.Module):
             "ceil_mode": self.ceil_mode,
             "process_group": _group_of(bn) if isinstance(bn, nn.SyncBatchNorm) else self.process_group,
         }
-        return tensors, options
+        return border, tensors, options
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Mapping[str, Any], *args: Any
@@ -352,17 +362,30 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
     return module
 
 
-def _pad(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """The input padded as ``conv`` would pad it, and the zero padding that is left for the operator."""
+class Border(NamedTuple):
+    """Padding that the operator does not know: ``amounts`` and ``mode`` of torch.nn.functional.pad."""
+
+    amounts: list[int]
+    mode: str
+
+    def around(self, x: Tensor) -> Tensor:
+        return F.pad(x, self.amounts, mode=self.mode)
+
+
+def _padding(conv: nn.Conv2d) -> tuple[Border | None, Any]:
+    """What the input must be padded with to be padded as ``conv`` does it, and the zeros left for the operator."""
+    padding: Any = conv.padding
     if conv.padding_mode != "zeros":
-        return F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), (0, 0)
-    if conv.padding == "valid":
-        return x, (0, 0)
+        return Border(conv._reversed_padding_repeated_twice, conv.padding_mode), (0, 0)
+    if padding.__class__ is not str:
+        return None, padding
+    if padding == "valid":
+        return None, (0, 0)
     height, width = (d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
     if height % 2 == 0 and width % 2 == 0:
-        return x, (height // 2, width // 2)
+        return None, (height // 2, width // 2)
     # 'same' with an even kernel: the odd row or column goes to the end, as in torch.nn.functional.conv2d.
-    return F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2)), (0, 0)
+    return Border([width // 2, width - width // 2, height // 2, height - height // 2], "constant"), (0, 0)
 
 
 def _check_plain(name: str, module: nn.Module, expected: type[nn.Module]) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from layerwise_ext import _graphs
+from layerwise_ext.nn.chain import FusedChain, Residual
 from layerwise_ext.nn.conv import ConvBNReLU2d
 from layerwise_ext.nn.heads import LocalHead
 from layerwise_ext.nn.moments import PooledMoments
@@ -28,10 +29,11 @@ class LocalStage(nn.Module):
         features, loss, logits = stage(x, target)
         loss.backward()             # gradients of this stage only, when detach=True
 
-    A body that is a :class:`ConvBNReLU2d`, or an ``nn.Sequential`` ending in one, gives the head its moments from the
-    fused operator; any other body works through plain pooling of its output. The head is a sibling of the body, never
-    inside it: the body's state_dict is that of the plain network. The moments come from a method of the last layer, not
-    from a call of the body: hooks on that layer, and on an ``nn.Sequential`` around it, run in :meth:`features` only.
+    A body that is a :class:`ConvBNReLU2d`, a :class:`Residual` or a :class:`FusedChain`, or an ``nn.Sequential`` ending
+    in one, gives the head its moments from the fused operator; any other body works through plain pooling of its
+    output. The head is a sibling of the body, never inside it: the body's state_dict is that of the plain network. The
+    moments come from a method of the last layer, not from a call of the body: hooks on that layer, and on an
+    ``nn.Sequential`` around it, run in :meth:`features` only.
 
     Args:
         body: maps ``[N, C_in, H_in, W_in]`` to ``[N, C, H, W]``.
@@ -154,7 +156,7 @@ class _Captured(torch.autograd.Function):
 
 
 def _body_moments(body: nn.Module, x: Tensor, head: LocalHead) -> tuple[Tensor, PooledMoments]:
-    if isinstance(body, ConvBNReLU2d):
+    if isinstance(body, (ConvBNReLU2d, Residual, FusedChain)):
         y, m1, m2 = body.forward_moments(x, head.bins, head.second_moment)
         return y, PooledMoments(m1, m2, (y.shape[2], y.shape[3]))
     if type(body) is nn.Sequential and len(body):
