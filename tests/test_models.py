@@ -102,5 +102,5 @@ def test_bad_arguments() -> None:
             vgg(config, **options)
     with pytest.raises(ValueError, match="stages is empty"):
         StagedModel([])
-    with pytest.raises(TypeError, match="the output needs a PooledLinearHead"):
+    with pytest.raises(TypeError, match="the output needs a classifier: PooledLinearHead"):
         StagedModel([LocalStage(nn.Identity(), NormHead())])

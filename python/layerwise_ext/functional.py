@@ -328,7 +328,8 @@ def similarity_matching_loss(features: Tensor, target: Tensor, *, num_classes: i
         raise ValueError(f"num_classes must be at least 2, got {num_classes}")
     with torch.autocast(features.device.type, enabled=False):
         counted = (target != -100).double()[:, None]
-        x = _directions(features.double(), 1e-8, centred=True) * counted  # [N, D]
+        x = features.double()
+        x = _directions(x - x.mean(1, keepdim=True), 1e-8) * counted  # [N, D]
         # [N, num_classes]: corners of a simplex about 0, so that label @ label.T is t_ij.
         label = (_one_hot(target, num_classes) - counted / num_classes) * (num_classes / (num_classes - 1)) ** 0.5
         if x.size(0) <= x.size(1):
@@ -352,11 +353,8 @@ def _check_labelled(name: str, features: Tensor, target: Tensor) -> None:
         raise ValueError(f"target must have shape [{features.size(0)}], got {list(target.shape)}")
 
 
-def _directions(x: Tensor, eps: float, *, centred: bool) -> Tensor:
-    """Rows of ``x [N, D]``, less their means if ``centred``, over their norms + ``eps``; 0, with gradient 0, where a
-    row is 0."""
-    if centred:
-        x = x - x.mean(1, keepdim=True)
+def _directions(x: Tensor, eps: float) -> Tensor:
+    """Rows of ``x [N, D]`` over their norms + ``eps``; the gradient of a row of zeros is 0."""
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     return x * ((norm > 0) / (norm + eps))
 
@@ -378,3 +376,38 @@ def _sum_of_squares(t: Tensor) -> Tensor:
 def _mean(total: Tensor, count: Tensor) -> Tensor:
     """``total / count``; NaN where there is nothing to count, and no gradient comes from that."""
     return torch.where(count > 0, total / count.clamp(min=1), float("nan"))
+
+
+def supervised_contrastive_loss(features: Tensor, target: Tensor, *, temperature: float = 0.07) -> Tensor:
+    """Supervised contrastive loss (Khosla et al. 2020, arXiv 2004.11362, the form called 'out').
+
+    For a sample i with partners P(i), the others of its class, and with the cosines s_ij of the features of two
+    samples, it is the mean over P(i) of ``-log(exp(s_ip / temperature) / sum over j != i of exp(s_ij / temperature))``;
+    then the mean over the samples that have a partner, 0 where there are none. Takes a few matrices of ``N x N``.
+
+    Args:
+        features: ``[N, D]``, of a floating-point dtype. A sample of zeros has cosines and gradient 0.
+        target: ``[N]``, int64 class indices, or -100 for a sample that is left out, as if it were not in the batch.
+        temperature: positive.
+
+    Returns:
+        The loss, a scalar in float32 (float64 for float64 features), under autocast too.
+
+    Raises:
+        ValueError: wrong shape, ``temperature`` not positive.
+        TypeError: features that are not floating-point, a target that is not int64.
+    """
+    _check_labelled("features", features, target)
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    with torch.autocast(features.device.type, enabled=False):
+        x = _directions(features.to(torch.promote_types(features.dtype, torch.float32)), 1e-12)
+        counted = target != -100
+        itself = torch.eye(target.size(0), dtype=torch.bool, device=target.device)
+        others = counted & ~itself  # [N, N]: row i may be compared with column j
+        partners = (target[:, None] == target) & others
+        # Not -inf: a row may have no others, and the softmax of nothing would be NaN.
+        cosines = torch.where(others, x @ x.T / temperature, torch.finfo(x.dtype).min)
+        terms = torch.where(partners, cosines.log_softmax(1), 0).sum(1)
+        number = partners.sum(1)
+        return -(terms / number.clamp(min=1)).sum() / (number > 0).sum().clamp(min=1)

@@ -219,3 +219,16 @@ def similarity_matching_loss(features: Tensor, target: Tensor, *, num_classes: i
     similarity = (x @ x.T).clamp(-1, 1)
     wanted = torch.full_like(similarity, -1 / (num_classes - 1)).masked_fill(labels[:, None] == labels, 1)
     return F.mse_loss(similarity, wanted)
+
+
+def supervised_contrastive_loss(features: Tensor, target: Tensor, *, temperature: float = 0.07) -> Tensor:
+    """See :func:`layerwise_ext.functional.supervised_contrastive_loss`."""
+    counted = target != -100
+    x, labels = F.normalize(features[counted], eps=1e-12), target[counted]
+    losses = []
+    for i, cosines in enumerate((x @ x.T) / temperature):
+        others = torch.arange(len(labels)) != i
+        partners = others & (labels == labels[i])
+        if partners.any():
+            losses.append((cosines[others].logsumexp(0) - cosines[partners]).mean())
+    return torch.stack(losses).mean() if losses else x.sum() * 0
