@@ -355,8 +355,9 @@ def _check_labelled(name: str, features: Tensor, target: Tensor) -> None:
 
 def _directions(x: Tensor, eps: float) -> Tensor:
     """Rows of ``x [N, D]`` over their norms + ``eps``; the gradient of a row of zeros is 0."""
-    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    return x * ((norm > 0) / (norm + eps))
+    square = x.square().sum(1, keepdim=True)
+    has_direction = square > 0
+    return x * (has_direction / (torch.where(has_direction, square, 1).sqrt() + eps))
 
 
 def _one_hot(target: Tensor, num_classes: int) -> Tensor:

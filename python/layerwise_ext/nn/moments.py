@@ -98,8 +98,10 @@ class PooledMoments:
     @property
     def variance(self) -> Tensor:
         """``[N, C, bh, bw]``, the unbiased variance of y in each cell; 0 in a cell of one element."""
-        mean, area = self.mean, self.area
-        return ((self.second_moment - mean * mean) * (area / (area - 1).clamp(min=1))).clamp(min=0)
+        mean = self.mean
+        area = self._divisor(mean)
+        unbiased = area / max(area - 1, 1) if isinstance(area, float) else area / (area - 1).clamp(min=1)
+        return ((self.second_moment - mean * mean) * unbiased).clamp(min=0)
 
     @property
     def std(self) -> Tensor:
@@ -118,8 +120,14 @@ class PooledMoments:
         """
         if self.bins == (1, 1):
             return self
-        m1, m2 = (t.mean((2, 3), keepdim=True) * (self.size[0] * self.size[1]) for t in (self.mean, self.second_moment))
+        m1, m2 = self._over_map(self._m1), self._over_map(self.m2)
         return PooledMoments(m1, m2, self.size, self._y)
+
+    def _over_map(self, sums: Tensor) -> Tensor:
+        divisor, cells = self._divisor(sums), sums.shape[2] * sums.shape[3]
+        if isinstance(divisor, float):  # cells that are alike do not overlap
+            return sums.sum((2, 3), keepdim=True)
+        return (sums * (self.size[0] * self.size[1] / cells / divisor)).sum((2, 3), keepdim=True)
 
     def sums(self) -> tuple[Tensor, tuple[int, int]]:
         """Sums over cells, and the ``(H, W)`` of a map that has them: their mean over its cells is ``mean``."""
@@ -188,6 +196,9 @@ class _DenseMoments(PooledMoments):
     @property
     def mean(self) -> Tensor:
         return self._mean
+
+    def over_map(self) -> PooledMoments:
+        return self if self._bins == (1, 1) else PooledMoments(self.m1, self.m2, self.size, self._y).over_map()
 
     def sums(self) -> tuple[Tensor, tuple[int, int]]:
         return self._mean, self._bins  # one element per cell
