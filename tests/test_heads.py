@@ -484,14 +484,12 @@ def test_bad_function() -> None:
         FunctionHead("loss")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", [name for name in HEADS if name != "function"])
 def test_bad_targets_and_shapes(name: str) -> None:
     stage, target = make_stage(name), targets(name)
-    if name == "function":
-        return  # its own affair
-    with pytest.raises(TypeError, match=r"target .*int32.*|target .* torch.int32"):
+    with pytest.raises(TypeError, match=r"target .*int32"):
         stage(images(), target.int())
-    with pytest.raises(ValueError, match=r"target .* \(?\[?8"):
+    with pytest.raises(ValueError, match=r"target .*8"):
         stage(images(), target[:8])
     if "contrastive" not in name:  # there any number may be a class
         for wrong in (-1, 3):

@@ -36,7 +36,7 @@ class LocalStage(nn.Module):
 
     Args:
         body: maps ``[N, C_in, H_in, W_in]`` to ``[N, C, H, W]``.
-        head: a :class:`LocalHead`.
+        head: a :class:`LocalHead`; :class:`FunctionHead` makes one of any function of the moments.
         detach: cut the graph at the stage's input and at ``features``, so that no gradient crosses stages. With
             ``detach=False`` gradients flow to the input and back from later uses of ``features`` (deep supervision).
         cuda_graph: on a CUDA device, run training steps as a CUDA graph, for maps so small that launching kernels is
