@@ -17,8 +17,10 @@ if not BENCHMARKS.is_dir():
 sys.path.insert(0, str(BENCHMARKS))
 
 import bench_chain  # noqa: E402
+import bench_local  # noqa: E402
 import bench_stage  # noqa: E402
 import harness  # noqa: E402
+import networks  # noqa: E402
 import readme_table  # noqa: E402
 from chain_peers import CHECKPOINTS, LAYERS, Case  # noqa: E402
 from layerwise_ext import _memory  # noqa: E402
@@ -112,6 +114,61 @@ def test_only_a_complete_run_writes_the_published_file():
     assert bench_stage.parse([]).output.name == "bench_stage-cpu.json"
     for options in (["--quick"], ["--no-compile"], ["--no-memory"], ["--dtypes", "fp32"], ["--rows", TINY]):
         assert bench_stage.parse(options).output.name == "bench_stage-cpu-partial.json"
+
+
+LOCAL = ["--batch", "4", "--width", "0.0625", "--dtypes", "fp32", "--no-compile"]
+
+
+def test_local_training(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench_local, "QUICK", harness.Sampling(warmup=0, min_rounds=2, max_rounds=2, seconds=0.0))
+    monkeypatch.setattr(bench_local, "peak_in_fresh_process", lambda name, *_: 1 << 20)
+    output = tmp_path / "result.json"
+    assert bench_local.main(["--quick", *LOCAL, "--output", str(output)]) == 0
+    result = json.loads(output.read_text())
+    assert result["benchmark"] == "bench_local" and result["settings"]["complete"] is False
+    assert {"machine", "versions", "commit", "date"} <= result.keys()
+    (entry,) = result["cases"]
+    assert networks.Case(**entry["case"]) == networks.Case(4, 0.0625)
+    names = set(networks.STEPS) - {networks.JOINT_COMPILE}
+    assert entry["milliseconds"].keys() == names and entry["rounds"] == 2
+    assert entry["share_of_time"][networks.JOINT].keys() == names
+    assert entry["share_of_time"][networks.JOINT][networks.JOINT]["median"] == 1.0
+    assert set(networks.KINDS) < entry["differences"].keys()
+    text = capsys.readouterr().out
+    assert "(target 0.5: " in text and "of the peak memory of joint training (target 0.5: not met)" in text
+
+
+@pytest.mark.skipif(_memory.unavailable() is not None, reason=str(_memory.unavailable()))
+def test_peak_memory_of_local_training():
+    case = networks.Case(64, 0.125)
+    peak = bench_local.peak_in_fresh_process(networks.OURS["pred"], case, "fp32", 1)
+    largest = 64 * 32 * 32 * 32 * 4  # z of the second convolution, and its y
+    assert 2 * largest <= peak <= 6 * largest
+
+
+def test_different_networks_are_not_timed(monkeypatch, tmp_path, capsys):
+    right = bench_local.training_step
+
+    def wrong(name, *arguments):
+        step = right(name, *arguments)
+        if name == networks.OURS["predsim"]:
+            step.module[3].head.beta = 0.98
+        return step
+
+    monkeypatch.setattr(bench_local, "training_step", wrong)
+    output = tmp_path / "result.json"
+    assert bench_local.main(["--quick", *LOCAL, "--no-memory", "--output", str(output)]) == 1
+    assert "the loss of local predsim differs" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_only_a_complete_run_of_local_training_writes_the_published_file():
+    assert bench_local.parse([]).output.name == "bench_local-cpu.json"
+    for options in (["--quick"], ["--no-compile"], ["--no-memory"], ["--dtypes", "fp32"], ["--width", "0.5"]):
+        assert bench_local.parse(options).output.name == "bench_local-cpu-partial.json"
+    for wrong in (["--batch", "0"], ["--width", "-1"], ["--threads", "0"]):
+        with pytest.raises(SystemExit):
+            bench_local.parse(wrong)
 
 
 @pytest.mark.parametrize("text", ["", "1,2,3", "8,4,16,64,2,1,1,1", "8,4,16,64,0", "8,4,x,64,2", "8,4,16,4,5"])

@@ -131,7 +131,8 @@ def compare(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: f
         assert actual[name].stride() == value.stride(), name
         if name.startswith("gradient"):
             difference = (actual[name].double() - value.double()).norm()
-            rounding = torch.finfo(value.dtype).eps if tolerance and value.numel() == 1 else 0.0
+            # A learned slope's gradient is one number, a sum of many that nearly cancel.
+            rounding = 4 * torch.finfo(value.dtype).eps if tolerance and value.numel() == 1 else 0.0
             assert difference <= (tolerance + rounding) * value.double().norm() + 1e-12, name
         else:
             assert torch.equal(actual[name], value), name

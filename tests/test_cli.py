@@ -69,6 +69,25 @@ def test_plain_layers_train_alike(tmp_path: Path) -> None:
             torch.testing.assert_close(plain[key], value, rtol=0, atol=0.02, msg=key)
 
 
+@pytest.mark.parametrize("head", [head for head in cli.HEADS if head != "pooled_linear"])
+def test_heads(tmp_path: Path, head: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--head", head, "--activation", "leaky_relu", "--epochs", "2"]
+    assert train(tmp_path / "run", *options) == 0
+    assert "test accuracy 0." in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
+    assert all((row["test_accuracy"] == "nan") == ("predsim" not in head) for row in rows if row["stage"] == "0")
+    assert all(0 <= float(row["test_accuracy"]) <= 1 for row in rows if row["stage"] == "2")
+    assert "--head is 'pooled_linear', but the run in" in refused(
+        capsys, *TINY, "--output", str(tmp_path / "run"), "--activation", "leaky_relu", "--resume"
+    )
+    plain = models.vgg([8, "M", 8], in_channels=1, image_size=(8, 8), fused=False)
+    plain.backbone().load_state_dict(weights(tmp_path / "run"), strict=True)
+
+
+def test_the_heads_are_those_of_the_model() -> None:
+    assert cli.HEADS == models.VGG_HEADS
+
+
 def test_backbone_loads_strictly_into_the_plain_network(tmp_path: Path) -> None:
     assert train(tmp_path / "run", "--epochs", "1") == 0
     plain = models.vgg([8, "M", 8], in_channels=1, image_size=(8, 8), fused=False)
@@ -129,6 +148,7 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--device is 'banana'" in refused(capsys, *TINY, *run, "--device", "banana")
     assert "--device is 'cuda:99'; allowed here: cpu" in refused(capsys, *TINY, *run, "--device", "cuda:99")
     assert "on a CUDA device; they are on cpu" in refused(capsys, *TINY, *run, "--device", "cpu", "--cuda-graph")
+    assert "--mode joint has no local losses" in refused(capsys, *TINY, *run, "--mode", "joint", "--head", "predsim")
     assert not (tmp_path / "run").exists()
 
 

@@ -21,10 +21,20 @@ def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
 
 
-def stage(bins: tuple[int, int] = (4, 4)) -> lw.nn.LocalStage:
+HEADS = {
+    "pooled linear": lambda bins: lw.nn.PooledLinearHead(32, 10, bins),
+    "predsim": lambda bins: lw.nn.PredSimHead(32, 10, bins),
+    "predsim, projected": lambda bins: lw.nn.PredSimHead(32, 10, bins, project=True),
+    "similarity of more samples than features": lambda _: lw.nn.SimilarityHead(32, 10),
+    "contrastive": lambda bins: lw.nn.ContrastiveHead(32, bins),
+    "goodness": lambda _: lw.nn.GoodnessHead(),
+}
+
+
+def stage(bins: tuple[int, int] = (4, 4), head: str = "pooled linear") -> lw.nn.LocalStage:
     torch.manual_seed(0)
     body = lw.nn.ConvBNReLU2d(16, 32, 3, padding=1)
-    return lw.nn.LocalStage(body, lw.nn.PooledLinearHead(32, 10, bins)).to("cuda")
+    return lw.nn.LocalStage(body, HEADS[head](bins)).to("cuda")
 
 
 def data() -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,15 +134,17 @@ def test_trainers_in_graphs(kind: type[lw.train.Trainer], dtype: torch.dtype | N
         torch.testing.assert_close(ours, theirs, **tolerance)
 
 
-def test_a_stage_in_a_graph() -> None:
-    module = stage()
+@pytest.mark.parametrize("head", HEADS)
+def test_a_stage_in_a_graph(head: str) -> None:
+    module = stage(head=head)
     peer = copy.deepcopy(module)
     module.cuda_graph = True
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (module, peer)]
-    for i, size in enumerate([8] * 6 + [5] + [8] * 2):
+    full = 40 if "more samples" in head else 8
+    for i, size in enumerate([full] * 6 + [5] + [full] * 2):
         torch.manual_seed(i)
         x = torch.randn(size, 16, 32, 32, device="cuda").contiguous(memory_format=torch.channels_last)
-        target = torch.randint(0, 10, (size,), device="cuda")
+        target = torch.randint(0, 2, (size,), device="cuda")
         losses = []
         for m, optimizer in zip((module, peer), optimizers, strict=True):
             losses.append(step(m, x, target))

@@ -6,8 +6,18 @@ import copy
 
 import pytest
 import torch
-from layerwise_ext.models import StagedModel, vgg
-from layerwise_ext.nn import ConvBNReLU2d, HeadOutput, LocalHead, LocalStage, PooledMoments
+from layerwise_ext.models import VGG_HEADS, StagedModel, vgg
+from layerwise_ext.nn import (
+    ContrastiveHead,
+    ConvBNReLU2d,
+    HeadOutput,
+    LocalHead,
+    LocalStage,
+    PooledLinearHead,
+    PooledMoments,
+    PredSimHead,
+    SimilarityHead,
+)
 from torch import Tensor, nn
 
 SMALL = {"in_channels": 1, "image_size": (8, 8), "hidden": 16, "seed": 0}
@@ -85,6 +95,38 @@ def test_width_large_images_and_copies() -> None:
     assert copy.deepcopy(model)(torch.randn(2, 3, 66, 66)).shape == (2, 10)
 
 
+@pytest.mark.parametrize("head", VGG_HEADS)
+@pytest.mark.parametrize("hidden", [16, None])
+def test_heads(head: str, hidden: int | None) -> None:
+    options = {**SMALL, "hidden": hidden, "head": head, "beta": 0.9, "activation": "leaky_relu"}
+    model, plain = vgg([8, "M", 16], **options), vgg([8, "M", 16], **options, fused=False)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+    kinds = {"pooled": PooledLinearHead, "similarity": SimilarityHead, "predsim": PredSimHead,
+             "contrastive": ContrastiveHead}  # fmt: skip
+    kind = kinds[head.partition("_")[0]]
+    assert all(type(stage.head) is kind for stage in list(model)[:-1])
+    assert type(model[-1].head) is (PredSimHead if kind is PredSimHead else PooledLinearHead)
+    projects = [any(isinstance(m, nn.Conv2d) for m in stage.head.modules()) for stage in model]
+    is_last = [stage is model[-1] for stage in model]
+    if not head.endswith("projected"):
+        assert not any(projects)
+    else:
+        assert projects == [kind is PredSimHead or not last for last in is_last]
+    if kind is PredSimHead:
+        assert all(stage.head.beta == 0.9 and not stage.head.pred.linear.weight.any() for stage in model)
+    x, target = torch.randn(6, 1, 8, 8), torch.arange(6) % 3
+    logits, y, z = model(x), x, x
+    assert logits.shape == (6, 10)
+    for stage, peer in zip(model, plain, strict=True):
+        y, loss, _ = stage(y, target)
+        z, expected, _ = peer(z, target)
+        torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-4)
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in stage.parameters())
+    keys = model.backbone_state_dict().keys()
+    assert keys == vgg([8, "M", 16], **{**SMALL, "hidden": hidden}).backbone_state_dict().keys()
+
+
 def test_bad_arguments() -> None:
     for message, config, options in [
         ("config is 'vgg9'; allowed: 'vgg8b'", "vgg9", {}),
@@ -92,7 +134,7 @@ def test_bad_arguments() -> None:
         ("two pools in a row", [8, "M", "M", 8], {}),
         ("at least one number", ["M"], {}),
         ("no layer is left", [8, "M"], {"hidden": None}),
-        ("head is 'mlp'; allowed: 'pooled_linear'", [8], {"head": "mlp"}),
+        ("head is 'mlp'; allowed: 'pooled_linear', 'similarity'", [8], {"head": "mlp"}),
         ("activation is 'gelu'", [8], {"activation": "gelu"}),
         ("width_multiplier is 0", [8], {"width_multiplier": 0}),
         (r"image_size is \(8, 8\), too small for 4 2x2 pools.*at least 16", "vgg8b", {"image_size": (8, 8)}),
@@ -102,5 +144,5 @@ def test_bad_arguments() -> None:
             vgg(config, **options)
     with pytest.raises(ValueError, match="stages is empty"):
         StagedModel([])
-    with pytest.raises(TypeError, match="the output needs a PooledLinearHead"):
+    with pytest.raises(TypeError, match="the output needs a classifier: PooledLinearHead"):
         StagedModel([LocalStage(nn.Identity(), NormHead())])

@@ -6,6 +6,7 @@ import argparse
 import csv
 import json
 import logging
+import math
 import signal
 import subprocess
 import sys
@@ -23,8 +24,10 @@ if TYPE_CHECKING:  # torch takes seconds to import; --help should not
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 MODES = ("joint", "local", "greedy")
 # Options of `train` that decide what is computed: a resumed run must have the same ones.
-DEFINING = ("data", "model", "width_multiplier", "mode", "batch_size", "lr", "optimizer", "dtype", "seed",
-            "limit_train", "plain")  # fmt: skip
+DEFINING = ("data", "model", "width_multiplier", "head", "activation", "mode", "batch_size", "lr", "optimizer", "dtype",
+            "seed", "limit_train", "plain")  # fmt: skip
+# Of models.vgg, which is not imported for --help.
+HEADS = ("pooled_linear", "similarity", "similarity_projected", "predsim", "predsim_projected", "contrastive")
 
 
 class UsageError(Exception):
@@ -63,6 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--model", default="vgg8b", help="vgg8b, vgg11b, or widths and pools such as 32,M,64,M")
     train.add_argument("--width-multiplier", type=_positive(float), default=1.0)
     train.add_argument("--mode", choices=MODES, default="local")
+    train.add_argument("--head", choices=HEADS, default="pooled_linear", help="the local loss of the stages")
+    train.add_argument("--activation", choices=("relu", "leaky_relu"), default="relu")
     train.add_argument("--epochs", type=_positive(int), default=10, help="in all; for greedy, per stage")
     train.add_argument("--batch-size", type=_positive(int), default=128)
     train.add_argument("--lr", type=_positive(float), default=5e-4)
@@ -139,7 +144,9 @@ def _set_threads(threads: int | None) -> None:
 def _train(arguments: argparse.Namespace) -> int:
     from layerwise_ext import data
 
-    output = arguments.output or Path("runs") / f"{arguments.data}-{arguments.model.replace(',', '_')}-{arguments.mode}"
+    if arguments.mode == "joint" and arguments.head != "pooled_linear":
+        raise UsageError(f"--head is {arguments.head!r}, but --mode joint has no local losses; leave it out")
+    output = arguments.output or Path("runs") / _run_name(arguments)
     settings = {name: getattr(arguments, name) for name in DEFINING}
     _check_run_folder(output, settings, arguments.resume)
     _set_threads(arguments.threads)
@@ -156,6 +163,11 @@ def _train(arguments: argparse.Namespace) -> int:
     except (data.DataError, ValueError) as error:
         raise UsageError(str(error)) from error
     return _fit(arguments, output, settings, model, loader, test_loader)
+
+
+def _run_name(arguments: argparse.Namespace) -> str:
+    parts = [arguments.data, arguments.model.replace(",", "_"), arguments.mode]
+    return "-".join(parts + ([] if arguments.head == "pooled_linear" else [arguments.head]))
 
 
 def _check_run_folder(output: Path, settings: dict[str, Any], resume: bool) -> None:
@@ -192,6 +204,8 @@ def _model(arguments: argparse.Namespace, shape: tuple[int, ...]) -> StagedModel
         image_size=(size[0], size[1]),
         width_multiplier=arguments.width_multiplier,
         fused=not arguments.plain,
+        head=arguments.head,
+        activation=arguments.activation,
         seed=arguments.seed,
     )
 
@@ -268,7 +282,7 @@ def _fit(
         signal.signal(signal.SIGTERM, before)
     checkpoint.save(output / "backbone.pt", model.backbone_state_dict())
     scores = trainer.evaluate(test_loader)
-    stages = " ".join(f"{value:.4f}" for value in scores["accuracy"])
+    stages = " ".join(map(_number, scores["accuracy"]))
     print(f"test accuracy {scores['final']:.4f} ({scores['samples']} images; by stage: {stages}); written to {output}")
     return OK
 
@@ -280,13 +294,17 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def _describe(record: dict[str, Any]) -> str:
     return (
         f"epoch {record['epoch']}: stage {record['stages'][-1]}, train loss {record['train_loss'][-1]:.4f}, "
-        f"accuracy {record['train_accuracy'][-1]:.4f}, test accuracy {record['val_accuracy'][-1]:.4f}, "
+        f"accuracy {_number(record['train_accuracy'][-1])}, test accuracy {_number(record['val_accuracy'][-1])}, "
         f"{record['seconds']:.1f} s"
     )
 
 
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.4f}"
+
+
 def _write_metrics(path: Path, history: list[dict[str, Any]]) -> None:
-    """One row per epoch and trained stage; the test columns are of the stage's own head."""
+    """One row per epoch and trained stage; the test columns are of the stage's own head, without a classifier nan."""
     from layerwise_ext import checkpoint
 
     with checkpoint.replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:

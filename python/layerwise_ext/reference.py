@@ -277,3 +277,28 @@ def closed_form_backward(
         count = z.numel() // z.size(1)
         du = du - (dbeta[channel] + xhat * dgamma[channel]) / count
     return ClosedForm((gamma * rstd)[channel] * du, dgamma, dbeta)
+
+
+def similarity_matching_loss(features: Tensor, target: Tensor, *, num_classes: int) -> Tensor:
+    """See :func:`layerwise_ext.functional.similarity_matching_loss`."""
+    counted = target != -100
+    x, labels = features[counted], target[counted]
+    x = x - x.mean(1, keepdim=True)
+    norm = x.norm(dim=1, keepdim=True)
+    x = torch.where(norm > 0, x / (norm + 1e-8), 0)
+    similarity = (x @ x.T).clamp(-1, 1)
+    wanted = torch.full_like(similarity, -1 / (num_classes - 1)).masked_fill(labels[:, None] == labels, 1)
+    return F.mse_loss(similarity, wanted)
+
+
+def supervised_contrastive_loss(features: Tensor, target: Tensor, *, temperature: float = 0.07) -> Tensor:
+    """See :func:`layerwise_ext.functional.supervised_contrastive_loss`."""
+    counted = target != -100
+    x, labels = F.normalize(features[counted], eps=1e-12), target[counted]
+    losses = []
+    for i, cosines in enumerate((x @ x.T) / temperature):
+        others = torch.arange(len(labels)) != i
+        partners = others & (labels == labels[i])
+        if partners.any():
+            losses.append((cosines[others].logsumexp(0) - cosines[partners]).mean())
+    return torch.stack(losses).mean() if losses else x.sum() * 0

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from layerwise_ext.models.staged import StagedModel
-from layerwise_ext.models.vgg import VGG_CONFIGS, vgg
+from layerwise_ext.models.vgg import VGG_CONFIGS, VGG_HEADS, vgg
 
-__all__ = ["VGG_CONFIGS", "StagedModel", "vgg"]
+__all__ = ["VGG_CONFIGS", "VGG_HEADS", "StagedModel", "vgg"]

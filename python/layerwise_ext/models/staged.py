@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
-from layerwise_ext.nn import LocalStage, PooledLinearHead
+from layerwise_ext.nn import ClassifierHead, LocalStage
 
 
 class StagedModel(nn.Module):
@@ -18,7 +19,8 @@ class StagedModel(nn.Module):
     passed wherever a list of stages is expected.
 
     Args:
-        stages: at least one; the last one's head must be a :class:`~layerwise_ext.nn.PooledLinearHead`.
+        stages: at least one; the last one's head must be a :class:`~layerwise_ext.nn.ClassifierHead`: a
+            :class:`~layerwise_ext.nn.PooledLinearHead` or :class:`~layerwise_ext.nn.PredSimHead`.
     """
 
     stages: nn.ModuleList
@@ -27,8 +29,11 @@ class StagedModel(nn.Module):
         super().__init__()
         if not stages:
             raise ValueError("stages is empty; a network needs at least one stage")
-        if not isinstance(stages[-1].head, PooledLinearHead):
-            raise TypeError(f"the last head is {type(stages[-1].head).__name__}; the output needs a PooledLinearHead")
+        if not isinstance(stages[-1].head, ClassifierHead):
+            raise TypeError(
+                f"the last head is {type(stages[-1].head).__name__}; the output needs a classifier: PooledLinearHead, "
+                "PredSimHead or another ClassifierHead"
+            )
         self.stages = nn.ModuleList(stages)
 
     def __len__(self) -> int:
@@ -49,8 +54,7 @@ class StagedModel(nn.Module):
         for stage in hidden:
             x = stage.features(x)
         _, moments = last.moments(x)
-        logits: Tensor = last.head(moments).logits
-        return logits
+        return cast(Tensor, last.head(moments).logits)
 
     def backbone(self) -> nn.Sequential:
         """The network without its local heads, as a plain ``nn.Sequential`` that shares all modules with this one.
@@ -59,7 +63,7 @@ class StagedModel(nn.Module):
         """
         children: OrderedDict[str, nn.Module] = OrderedDict((f"stage{i}", stage.body) for i, stage in enumerate(self))
         head = self[-1].head
-        assert isinstance(head, PooledLinearHead)
+        assert isinstance(head, ClassifierHead)
         children["output"] = head.to_modules()
         return nn.Sequential(children)
 

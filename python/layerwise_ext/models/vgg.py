@@ -4,18 +4,36 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from layerwise_ext.models.staged import StagedModel
-from layerwise_ext.nn import ConvBNReLU2d, LocalStage, PooledLinearHead
+from layerwise_ext.nn import (
+    ContrastiveHead,
+    ConvBNReLU2d,
+    LocalHead,
+    LocalStage,
+    PooledLinearHead,
+    PredSimHead,
+    SimilarityHead,
+)
 
 # Output channels of each 3x3 convolution; 'M' is a 2x2 max-pool.
 VGG_CONFIGS: dict[str, tuple[int | str, ...]] = {
     "vgg8b": (128, 256, "M", 256, 512, "M", 512, "M", 512, "M"),
     "vgg11b": (128, 128, 128, 256, "M", 256, 512, "M", 512, 512, "M", 512, "M"),
 }
+
+VGG_HEADS = (
+    "pooled_linear",
+    "similarity",
+    "similarity_projected",
+    "predsim",
+    "predsim_projected",
+    "contrastive",
+)
 
 # Above this image size the first convolution is 7x7 with stride 2.
 _LARGE_IMAGE = 64
@@ -33,6 +51,7 @@ def vgg(
     dim: int = 1024,
     fused: bool = True,
     head: str = "pooled_linear",
+    beta: float = 0.99,
     activation: str = "relu",
     seed: int | None = None,
 ) -> StagedModel:
@@ -41,7 +60,7 @@ def vgg(
     All convolutions are 3x3 with bias and padding 1; the first is 7x7 with stride 2 for images above 64. A max-pool
     opens the body of the stage that follows it, so each local loss sees the map before pooling. The fully connected
     layer is a convolution whose kernel covers the whole remaining map: the same function and the same number of
-    parameters. Its local loss and the network's output are one and the same head. Heads start from zero weights.
+    parameters. Its local loss and the network's output are one and the same head. Classifiers start from zero weights.
 
     Args:
         config: ``'vgg8b'``, ``'vgg11b'``, or a list of output channels and ``'M'``, such as ``[32, 'M', 64]``.
@@ -54,16 +73,23 @@ def vgg(
             MNIST).
         fused: False builds ``nn.Sequential(Conv2d, BatchNorm2d, activation)`` in place of each
             :class:`~layerwise_ext.nn.ConvBNReLU2d`, with the same names, parameters and initial values.
-        head: ``'pooled_linear'``, the local loss.
-        activation: ``'relu'`` or ``'leaky_relu'`` (slope 0.01).
+        head: the local loss of the stages. ``'pooled_linear'`` is the paper's pred, ``'similarity'`` its sim and
+            ``'predsim'`` its predsim, both from the moments of each stage's own output, ``'similarity_projected'`` and
+            ``'predsim_projected'`` the paper's form, on a 3x3 convolution of it; ``'contrastive'`` is supervised
+            contrastive. With predsim the output is the classifier of the last stage's own predsim, whose cross-entropy
+            is scaled by ``1 - beta`` as the paper's is; with losses that have no classifier the last stage is trained
+            by cross-entropy. Joint training looks at the last head alone: leave it at ``'pooled_linear'`` there.
+        beta: share of similarity matching in predsim.
+        activation: ``'relu'``, the paper's choice for joint training and pred, or ``'leaky_relu'`` (slope 0.01), its
+            choice for sim and predsim.
         seed: initialise from this seed, leaving torch's global generator untouched; None uses the global generator.
 
     Raises:
         ValueError: an unknown ``config``, ``head`` or ``activation``; an image too small for the pools.
     """
     layers = _layers(config)
-    if head != "pooled_linear":
-        raise ValueError(f"head is {head!r}; allowed: 'pooled_linear'")
+    if head not in VGG_HEADS:
+        raise ValueError(f"head is {head!r}; allowed: {', '.join(map(repr, VGG_HEADS))}")
     if activation not in ("relu", "leaky_relu"):
         raise ValueError(f"activation is {activation!r}; allowed: 'relu', 'leaky_relu'")
     if width_multiplier <= 0:
@@ -79,7 +105,8 @@ def vgg(
         stages: list[LocalStage] = []
         # A blank image goes through each new body: the heads are sized by the shapes that really come out.
         x = torch.zeros(1, in_channels, *image_size)
-        for width, kernel_size, pool in _convolutions(layers, image_size, hidden):
+        convolutions = list(_convolutions(layers, image_size, hidden))
+        for index, (width, kernel_size, pool) in enumerate(convolutions):
             channels = max(1, round(width * width_multiplier))
             body = _body(x.shape, channels, kernel_size, pool, activation, fused)
             with torch.no_grad():
@@ -87,7 +114,8 @@ def vgg(
             body.train()
             size = (x.shape[2], x.shape[3])
             grid = _largest_grid(channels, size, dim) if bins is None else _clip(bins, size)
-            stages.append(LocalStage(body, PooledLinearHead(channels, num_classes, grid, zero_init=True)))
+            is_output = index == len(convolutions) - 1
+            stages.append(LocalStage(body, _head(head, channels, num_classes, grid, size, beta, is_output)))
     return StagedModel(stages)
 
 
@@ -121,6 +149,28 @@ def _body(
     if not fused:
         block = nn.Sequential(OrderedDict(zip(("conv", "bn", "act"), layer.to_modules(), strict=True)))
     return nn.Sequential(OrderedDict(pool=nn.MaxPool2d(2), block=block)) if pool else block
+
+
+def _head(
+    name: str,
+    channels: int,
+    num_classes: int,
+    grid: tuple[int, int],
+    size: tuple[int, int],
+    beta: float,
+    is_output: bool,
+) -> LocalHead:
+    """The head of a stage whose map has ``size``; that of the output is always a classifier."""
+    kind, _, form = name.partition("_")
+    # Of a map of one element a 3x3 kernel would see its middle only.
+    projection: dict[str, Any] = {"project": form == "projected", "kernel_size": 1 if size == (1, 1) else 3}
+    if kind == "predsim":
+        return PredSimHead(channels, num_classes, grid, beta, zero_init=True, **projection)
+    if kind == "similarity" and not is_output:
+        return SimilarityHead(channels, num_classes, **projection)
+    if kind == "contrastive" and not is_output:
+        return ContrastiveHead(channels, grid)
+    return PooledLinearHead(channels, num_classes, grid, zero_init=True)
 
 
 def _layers(config: str | Sequence[int | str]) -> tuple[int | str, ...]:

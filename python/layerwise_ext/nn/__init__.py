@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from layerwise_ext.nn.chain import FusedChain, Residual
+from layerwise_ext.nn.contrastive import ContrastiveHead
 from layerwise_ext.nn.conv import AcceleratedDownsample2d, ConvBNReLU2d, revert_sync_batchnorm
-from layerwise_ext.nn.heads import HeadOutput, LocalHead, PooledLinearHead
+from layerwise_ext.nn.goodness import GoodnessHead
+from layerwise_ext.nn.heads import ClassifierHead, FunctionHead, HeadOutput, LocalHead, PooledLinearHead
 from layerwise_ext.nn.moments import PooledMoments
+from layerwise_ext.nn.similarity import PredSimHead, SimilarityHead
 from layerwise_ext.nn.stage import LocalStage, StageOutput
 
 __all__ = [
     "AcceleratedDownsample2d",
+    "ClassifierHead",
+    "ContrastiveHead",
     "ConvBNReLU2d",
+    "FunctionHead",
     "FusedChain",
+    "GoodnessHead",
     "HeadOutput",
     "LocalHead",
     "LocalStage",
     "PooledLinearHead",
     "PooledMoments",
+    "PredSimHead",
     "Residual",
+    "SimilarityHead",
     "StageOutput",
     "revert_sync_batchnorm",
 ]

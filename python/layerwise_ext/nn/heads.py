@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +18,10 @@ _FUSED_CLASSES = 64
 
 
 class HeadOutput(NamedTuple):
-    """``logits [N, num_classes]`` and the scalar ``loss`` (None without a target)."""
+    """``logits [N, num_classes]`` (None of a head without a classifier) and the scalar ``loss`` (None without a
+    target)."""
 
-    logits: Tensor
+    logits: Tensor | None
     loss: Tensor | None
 
 
@@ -29,17 +31,74 @@ class LocalHead(nn.Module, ABC):
     Attributes:
         bins: ``(bh, bw)``, the grid of cells over which the stage pools its output for this head.
         second_moment: whether the head looks at ``m2`` and what comes from it; without it a stage saves that work.
+        needs_map: whether the head looks at ``y`` itself. The backward pass is then the general one, with a gradient
+            of ``y`` in memory.
     """
 
     bins: tuple[int, int]
     second_moment = True
+    needs_map = False
 
     @abstractmethod
     def forward(self, moments: PooledMoments, target: Tensor | None = None) -> HeadOutput:
         """Logits, and with a target the loss."""
 
 
-class PooledLinearHead(LocalHead):
+class ClassifierHead(LocalHead):
+    """A head that classifies as a part of a plain network could; the output of a network needs one."""
+
+    @abstractmethod
+    def to_modules(self) -> nn.Sequential:
+        """The classifier as plain modules that share their parameters with this head: a map to logits."""
+
+
+class FunctionHead(LocalHead):
+    """Any differentiable function of the moments as a local loss.
+
+    The stage's backward pass is the fused one whatever the function is: autograd goes through the function, on tensors
+    of ``[N, C, bh, bw]``, and the operator does the rest.
+
+        def sparsity(moments, target):  # mean |y| / rms(y) of each channel, small where few elements are active
+            return (moments.mean / (moments.second_moment + 1e-6).sqrt()).mean()
+
+        stage = LocalStage(body, FunctionHead(sparsity, bins=(1, 1)))
+
+    Args:
+        function: ``function(moments, target)`` gives the loss, a scalar; ``moments`` is a :class:`PooledMoments` in
+            float32 (float64 for float64 maps). It runs outside of autocast. An ``nn.Module`` is trained with the head.
+            A copied or pickled head has it by reference, as Python functions are, so lambdas cannot be pickled.
+        bins: grid of cells, an int or ``(bh, bw)``.
+        second_moment: False where the function does not look at ``m2``, which saves its computation.
+
+    There are no logits; a head of yours that has some, or looks at ``y``, is a subclass of :class:`LocalHead`.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[PooledMoments, Tensor], Tensor],
+        bins: int | tuple[int, int] = (1, 1),
+        *,
+        second_moment: bool = True,
+    ) -> None:
+        super().__init__()
+        if not callable(function):
+            raise TypeError(f"function is {type(function).__name__}; a function of (moments, target) is needed")
+        self.function = function
+        self.bins = grid(bins)
+        self.second_moment = second_moment
+
+    def forward(self, moments: PooledMoments, target: Tensor | None = None) -> HeadOutput:
+        if target is None:
+            return HeadOutput(None, None)
+        with torch.autocast(moments.device.type, enabled=False):
+            return HeadOutput(None, self.function(moments, target))
+
+    def extra_repr(self) -> str:
+        name = "" if isinstance(self.function, nn.Module) else f"{getattr(self.function, '__name__', 'function')}, "
+        return f"{name}bins={self.bins}, second_moment={self.second_moment}"
+
+
+class PooledLinearHead(ClassifierHead):
     """Average pooling, a linear classifier and cross-entropy: 'pred' of Nokland & Eidnes 2019, arXiv 1901.06656.
 
     The features are in (c, bh, bw) order, as ``adaptive_avg_pool2d(y, bins).flatten(1)`` gives them, so ``linear`` may
@@ -80,12 +139,9 @@ class PooledLinearHead(LocalHead):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        rows, columns = (bins, bins) if isinstance(bins, int) else bins
-        if min(in_channels, num_classes, rows, columns) < 1:
-            raise ValueError(
-                f"in_channels, num_classes and bins are {in_channels}, {num_classes}, {(rows, columns)}; "
-                "all must be at least 1"
-            )
+        rows, columns = grid(bins)
+        if min(in_channels, num_classes) < 1:
+            raise ValueError(f"in_channels and num_classes are {in_channels}, {num_classes}; both must be at least 1")
         if not 0.0 <= label_smoothing <= 1.0:
             raise ValueError(f"label_smoothing is {label_smoothing}; allowed: 0 to 1")
         self.in_channels = in_channels
@@ -99,16 +155,11 @@ class PooledLinearHead(LocalHead):
                 nn.init.zeros_(self.linear.bias)
 
     def forward(self, moments: PooledMoments, target: Tensor | None = None) -> HeadOutput:
-        features = (moments.channels, *moments.bins)
-        if features != (self.in_channels, *self.bins):
-            raise ValueError(
-                f"the head was built for pooled features {[self.in_channels, *self.bins]} (channels, cells) but the "
-                f"stage gives {list(features)}"
-            )
+        check_features(moments, self.in_channels, self.bins)
         weight, bias = self.linear.weight, self.linear.bias
         sums, size = moments.sums()
         if target is not None:
-            _check_target(target, sums)
+            check_target(target, sums)
             if sums.dtype == weight.dtype and (self.num_classes <= _FUSED_CLASSES or not weight.is_cuda):
                 loss, logits = _fused(sums, weight, bias, target, size, self.label_smoothing)
                 return HeadOutput(logits, loss)
@@ -116,7 +167,7 @@ class PooledLinearHead(LocalHead):
             logits = moments.mean_linear(weight, bias)
             if target is None:
                 return HeadOutput(logits, None)
-            return HeadOutput(logits, _cross_entropy(logits, target, self.label_smoothing))
+            return HeadOutput(logits, cross_entropy(logits, target, self.label_smoothing))
 
     def to_modules(self) -> nn.Sequential:
         """The same classifier for a plain network: adaptive average pooling, flatten, this head's own ``linear``."""
@@ -127,7 +178,27 @@ class PooledLinearHead(LocalHead):
         return f"{self.in_channels}, {self.num_classes}, bins={self.bins}{smoothing}"
 
 
-def _check_target(target: Tensor, sums: Tensor) -> None:
+def grid(bins: int | tuple[int, int]) -> tuple[int, int]:
+    rows, columns = (bins, bins) if isinstance(bins, int) else bins
+    if min(rows, columns) < 1:
+        raise ValueError(f"bins is {(rows, columns)}; both must be at least 1")
+    return rows, columns
+
+
+def check_features(moments: PooledMoments, channels: int, bins: tuple[int, int]) -> None:
+    """
+    Raises:
+        ValueError: moments of another number of channels or cells.
+    """
+    features = [moments.channels, *moments.bins]
+    if features != [channels, *bins]:
+        raise ValueError(
+            f"the head was built for pooled features {[channels, *bins]} (channels, cells) but the stage gives "
+            f"{features}"
+        )
+
+
+def check_target(target: Tensor, sums: Tensor) -> None:
     if target.dtype != torch.int64:
         raise TypeError(f"target has dtype {target.dtype}; class indices must be torch.int64")
     if target.shape != sums.shape[:1]:
@@ -148,7 +219,7 @@ def _fused(sums: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, si
         raise
 
 
-def _cross_entropy(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
+def cross_entropy(logits: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
     try:
         return F.cross_entropy(logits, target, label_smoothing=smoothing)
     except IndexError as error:

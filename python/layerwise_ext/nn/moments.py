@@ -8,6 +8,8 @@ from torch import Tensor
 
 from layerwise_ext import functional
 
+_NO_SECOND_MOMENT = "m2 was not computed: the head's attribute second_moment is False"
+
 
 class PooledMoments:
     """Sums of y and y*y over the cells of an adaptive average pooling of y ``[N, C, H, W]``.
@@ -16,23 +18,27 @@ class PooledMoments:
         m1: ``[N, C, bh, bw]``, the sum of y over each cell; float32, or float64 for float64 y.
         m2: the same for y*y, or None where the head declared that it does not look at it.
         size: ``(H, W)`` of y.
+        y: the map itself, or None where the head declared that it does not look at it.
 
     Where H or W is not a multiple of the number of cells, the cells overlap, as in ``adaptive_avg_pool2d``.
     """
 
-    def __init__(self, m1: Tensor, m2: Tensor | None, size: tuple[int, int]) -> None:
+    def __init__(self, m1: Tensor, m2: Tensor | None, size: tuple[int, int], y: Tensor | None = None) -> None:
         self._m1 = m1
         self._m2 = m2
+        self._y = y
         self.size = size
 
     @staticmethod
-    def of(y: Tensor, bins: tuple[int, int]) -> PooledMoments:
+    def of(y: Tensor, bins: tuple[int, int], *, second_moment: bool = True) -> PooledMoments:
         """The moments of any ``[N, C, H, W]`` tensor, by plain PyTorch; y*y is formed only if ``m2`` is asked for.
+
+        ``second_moment=False`` refuses it, and pools y in its own dtype.
 
         Raises:
             ValueError: y is not 4-D, or has fewer rows or columns than ``bins``.
         """
-        return _DenseMoments(y, bins)
+        return _DenseMoments(y, bins, second_moment)
 
     @property
     def m1(self) -> Tensor:
@@ -45,8 +51,23 @@ class PooledMoments:
             RuntimeError: the head that the moments were made for declared ``second_moment = False``.
         """
         if self._m2 is None:
-            raise RuntimeError("m2 was not computed: the head's attribute second_moment is False")
+            raise RuntimeError(_NO_SECOND_MOMENT)
         return self._m2
+
+    @property
+    def y(self) -> Tensor:
+        """``[N, C, H, W]``, the map itself.
+
+        Raises:
+            RuntimeError: the head that the moments were made for declared ``needs_map = False``.
+        """
+        if self._y is None:
+            raise RuntimeError("y was not kept: the head's attribute needs_map is False")
+        return self._y
+
+    @property
+    def device(self) -> torch.device:
+        return self._m1.device
 
     @property
     def bins(self) -> tuple[int, int]:
@@ -77,8 +98,10 @@ class PooledMoments:
     @property
     def variance(self) -> Tensor:
         """``[N, C, bh, bw]``, the unbiased variance of y in each cell; 0 in a cell of one element."""
-        mean, area = self.mean, self.area
-        return ((self.second_moment - mean * mean) * (area / (area - 1).clamp(min=1))).clamp(min=0)
+        mean = self.mean
+        area = self._divisor(mean)
+        unbiased = area / max(area - 1, 1) if isinstance(area, float) else area / (area - 1).clamp(min=1)
+        return ((self.second_moment - mean * mean) * unbiased).clamp(min=0)
 
     @property
     def std(self) -> Tensor:
@@ -86,6 +109,25 @@ class PooledMoments:
         variance = self.variance
         positive = variance > 0
         return torch.where(positive, variance, 1).sqrt() * positive
+
+    def over_map(self) -> PooledMoments:
+        """Moments of a single cell, the whole map, from those of its cells; ``m2`` must be there.
+
+        The mean of y over the map is taken as the mean of the cells' means, and so is that of y*y: exactly that of all
+        elements where cells do not overlap. Where they do, an element counts in each of its cells, so the elements that
+        cells share weigh more; the weights are the same for both moments, so the variance is one of weighted elements
+        and never negative.
+        """
+        if self.bins == (1, 1):
+            return self
+        m1, m2 = self._over_map(self._m1), self._over_map(self.m2)
+        return PooledMoments(m1, m2, self.size, self._y)
+
+    def _over_map(self, sums: Tensor) -> Tensor:
+        divisor, cells = self._divisor(sums), sums.shape[2] * sums.shape[3]
+        if isinstance(divisor, float):  # cells that are alike do not overlap
+            return sums.sum((2, 3), keepdim=True)
+        return (sums * (self.size[0] * self.size[1] / cells / divisor)).sum((2, 3), keepdim=True)
 
     def sums(self) -> tuple[Tensor, tuple[int, int]]:
         """Sums over cells, and the ``(H, W)`` of a map that has them: their mean over its cells is ``mean``."""
@@ -117,20 +159,26 @@ class PooledMoments:
 class _DenseMoments(PooledMoments):
     """Moments of a materialised y; the means come first here and the sums are derived from them."""
 
-    def __init__(self, y: Tensor, bins: tuple[int, int]) -> None:
+    def __init__(self, y: Tensor, bins: tuple[int, int], second_moment: bool) -> None:
         if y.dim() != 4:
             raise ValueError(f"the stage's output has shape {tuple(y.shape)}; moments need [N, C, H, W]")
         if bins[0] > y.shape[2] or bins[1] > y.shape[3]:
             raise ValueError(f"the head pools to {bins} cells but the map is only {tuple(y.shape[2:])}")
-        self._y = y
+        self._y: Tensor = y
         self._bins = bins
-        # Under bfloat16 the pool accumulates in float32 and rounds once, at the end.
-        self._mean = _accumulated(F.adaptive_avg_pool2d(y, bins))
+        # A variance is a difference, in which a mean in bfloat16 would be felt. By itself the mean may be rounded: the
+        # pool accumulates in float32 and rounds once, at the end.
+        self._exact = _accumulated(y) if second_moment else None
+        self._mean = _accumulated(F.adaptive_avg_pool2d(y if self._exact is None else self._exact, bins))
         self.size = (y.shape[2], y.shape[3])
 
     @property
     def m1(self) -> Tensor:
         return self._mean * self._divisor(self._mean)
+
+    @property
+    def device(self) -> torch.device:
+        return self._mean.device
 
     @property
     def bins(self) -> tuple[int, int]:
@@ -149,6 +197,9 @@ class _DenseMoments(PooledMoments):
     def mean(self) -> Tensor:
         return self._mean
 
+    def over_map(self) -> PooledMoments:
+        return self if self._bins == (1, 1) else PooledMoments(self.m1, self.m2, self.size, self._y).over_map()
+
     def sums(self) -> tuple[Tensor, tuple[int, int]]:
         return self._mean, self._bins  # one element per cell
 
@@ -157,8 +208,9 @@ class _DenseMoments(PooledMoments):
 
     @property
     def second_moment(self) -> Tensor:
-        y = _accumulated(self._y)
-        return F.adaptive_avg_pool2d(y * y, self._bins)
+        if self._exact is None:
+            raise RuntimeError(_NO_SECOND_MOMENT)
+        return F.adaptive_avg_pool2d(self._exact * self._exact, self._bins)
 
 
 def _accumulated(x: Tensor) -> Tensor:

@@ -16,11 +16,12 @@ from layerwise_ext.nn.moments import PooledMoments
 
 
 class StageOutput(NamedTuple):
-    """``features [N, C, H, W]`` for the next stage, the scalar local ``loss`` (None without a target), ``logits``."""
+    """``features [N, C, H, W]`` for the next stage, the scalar local ``loss`` (None without a target), ``logits``
+    (None where the head has no classifier)."""
 
     features: Tensor
     loss: Tensor | None
-    logits: Tensor
+    logits: Tensor | None
 
 
 class LocalStage(nn.Module):
@@ -37,7 +38,7 @@ class LocalStage(nn.Module):
 
     Args:
         body: maps ``[N, C_in, H_in, W_in]`` to ``[N, C, H, W]``.
-        head: a :class:`LocalHead`.
+        head: a :class:`LocalHead`; :class:`FunctionHead` makes one of any function of the moments.
         detach: cut the graph at the stage's input and at ``features``, so that no gradient crosses stages. With
             ``detach=False`` gradients flow to the input and back from later uses of ``features`` (deep supervision).
         cuda_graph: on a CUDA device, run training steps as a CUDA graph, for maps so small that launching kernels is
@@ -87,12 +88,13 @@ class LocalStage(nn.Module):
         if self._captured is None:
             _graphs.check_capturable([self])
             self._captured = _graphs.CapturedFunction(self._step, self._settings)
-        features, loss, logits, *gradients = self._captured(x, target)
+        features, loss, *rest = self._captured(x, target)
+        gradients, logits = rest[: len(self._used)], rest[len(self._used) :]
         loss = _Captured.apply(loss, self._captured, gradients, *self._used)
-        return StageOutput(features, loss, logits.clone())
+        return StageOutput(features, loss, logits[0].clone() if logits else None)
 
     def _step(self, x: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-        """The whole step: features, loss, logits and the gradients of the parameters that the loss depends on."""
+        """The whole step: features, loss, the gradients of the parameters that the loss depends on, logits if any."""
         # Leaves of its own: those of the parameters may belong to a loss that is still alive and to another stream.
         leaves = {name: p.detach().requires_grad_(p.requires_grad) for name, p in self.named_parameters()}
         with _graphs.without_cast_cache(x.device):
@@ -101,7 +103,8 @@ class LocalStage(nn.Module):
         trainable = [(p, leaves[name]) for name, p in self.named_parameters() if p.requires_grad]
         gradients = torch.autograd.grad(loss, [leaf for _, leaf in trainable], allow_unused=True)
         self._used = [p for (p, _), gradient in zip(trainable, gradients, strict=True) if gradient is not None]
-        return features.detach(), loss.detach(), logits.detach(), *(g for g in gradients if g is not None)
+        used = [gradient for gradient in gradients if gradient is not None]
+        return features.detach(), loss.detach(), *used, *([] if logits is None else [logits.detach()])
 
     def _settings(self) -> Any:
         device = next(self.parameters()).device.type
@@ -121,7 +124,7 @@ class _Step(nn.Module):
         super().__init__()
         self.stage = stage
 
-    def forward(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         features, moments = self.stage.moments(x)
         logits, loss = self.stage.head(moments, target)
         return features, cast(Tensor, loss), logits
@@ -158,11 +161,11 @@ class _Captured(torch.autograd.Function):
 def _body_moments(body: nn.Module, x: Tensor, head: LocalHead) -> tuple[Tensor, PooledMoments]:
     if isinstance(body, (ConvBNReLU2d, Residual, FusedChain)):
         y, m1, m2 = body.forward_moments(x, head.bins, head.second_moment)
-        return y, PooledMoments(m1, m2, (y.shape[2], y.shape[3]))
+        return y, PooledMoments(m1, m2, (y.shape[2], y.shape[3]), y if head.needs_map else None)
     if type(body) is nn.Sequential and len(body):
         *first, last = body
         for module in first:
             x = module(x)
         return _body_moments(last, x, head)
     y = body(x)
-    return y, PooledMoments.of(y, head.bins)
+    return y, PooledMoments.of(y, head.bins, second_moment=head.second_moment)

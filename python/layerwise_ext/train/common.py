@@ -34,7 +34,8 @@ _PROGRESS_INTERVAL = 2.0
 
 
 class StepResult(NamedTuple):
-    """Of each trained stage, ``loss [S]`` and the number of ``correct [S]`` predictions; tensors, not read back."""
+    """Of each trained stage, ``loss [S]`` and the number of ``correct [S]`` predictions (NaN where the head has no
+    classifier); tensors, not read back."""
 
     loss: Tensor
     correct: Tensor
@@ -45,7 +46,7 @@ class Metrics:
 
     def __init__(self, stages: int, device: torch.device) -> None:
         self._loss = torch.zeros(stages, dtype=torch.float64, device=device)
-        self._correct = torch.zeros(stages, dtype=torch.int64, device=device)
+        self._correct = torch.zeros(stages, dtype=torch.float64, device=device)
         self.samples = 0
 
     def update(self, result: StepResult, samples: int) -> None:
@@ -58,7 +59,7 @@ class Metrics:
         return [value / self.samples for value in self._loss.tolist()]
 
     def accuracy(self) -> list[float]:
-        """Between 0 and 1, of each stage."""
+        """Between 0 and 1, of each stage; NaN where the head has no classifier."""
         return [value / self.samples for value in self._correct.tolist()]
 
 
@@ -280,7 +281,8 @@ class Trainer(ABC):
 
         Returns:
             ``stages`` (indices of the heads that were evaluated), ``loss`` and ``accuracy`` (one float per such stage;
-            the mean over samples), ``final`` (accuracy of the last of them) and ``samples``.
+            the mean over samples; an accuracy is NaN where the head has no classifier), ``final`` (accuracy of the
+            last of them) and ``samples``.
         """
         reported = self._reported()
         metrics = Metrics(len(reported), self.device)
@@ -392,11 +394,14 @@ class Trainer(ABC):
         self._saved_random_state = state["random_state"]
 
 
-def step_result(losses: list[Tensor], logits: list[Tensor], target: Tensor) -> StepResult:
+def step_result(losses: list[Tensor], logits: list[Tensor | None], target: Tensor) -> StepResult:
     """Metrics of one batch from the loss and the logits ``[N, num_classes]`` of each stage."""
     with torch.no_grad():
-        correct = torch.stack(logits).argmax(dim=2).eq(target).sum(dim=1)
-        return StepResult(torch.stack(losses), correct)
+        # A stage without logits predicts nothing: its row is not a number of samples.
+        hits = [None if t is None else t.argmax(dim=1).eq(target) for t in logits]
+        missing = torch.full_like(target, float("nan"), dtype=torch.float64)
+        correct = torch.stack([missing if t is None else t.double() for t in hits]).sum(dim=1)
+        return StepResult(torch.stack(losses).detach(), correct)
 
 
 def length(loader: Batches) -> int | None:

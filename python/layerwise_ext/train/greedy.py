@@ -52,7 +52,7 @@ class GreedyTrainer(Trainer):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return step_result([loss.detach()], [logits.detach()], target)
+        return step_result([loss], [logits], target)
 
     def _parameter_groups(self) -> list[list[nn.Parameter]]:
         return [list(stage.parameters()) for stage in self.stages]

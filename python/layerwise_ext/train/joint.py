@@ -25,7 +25,7 @@ class JointTrainer(Trainer):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return step_result([loss.detach()], [logits.detach()], target)
+        return step_result([loss], [logits], target)
 
     def _parameter_groups(self) -> list[list[nn.Parameter]]:
         parameters = [p for stage in self.stages for p in stage.body.parameters()]

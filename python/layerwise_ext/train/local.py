@@ -35,7 +35,7 @@ class LocalTrainer(Trainer):
             optimizer.zero_grad(set_to_none=True)
             x = output.features
             losses.append(output.loss.detach())
-            logits.append(output.logits.detach())
+            logits.append(None if output.logits is None else output.logits.detach())
         return step_result(losses, logits, target)
 
     def _parameter_groups(self) -> list[list[nn.Parameter]]:
