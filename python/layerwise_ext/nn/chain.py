@@ -1,4 +1,4 @@
-"""Chains of fused layers for joint training, at half of the activation memory."""
+"""Chains of fused layers for joint training, which keep one map of each layer instead of two."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Residual(nn.Module):
 
 
 class FusedChain(nn.Sequential):
-    """Fused layers one after another, trained jointly at half of the activation memory of plain layers.
+    """Fused layers one after another, trained jointly from half of the maps that plain layers keep.
 
     An ``nn.Sequential`` with the same children, state_dict and results. For the backward pass it keeps of each layer
     the output of its convolution and two numbers per channel, and nothing else: activations, outputs of residual
@@ -168,15 +168,15 @@ class _Program:
     def _add_layer(self, layer: ConvBNReLU2d, value: int, residual: int | None) -> int:
         border, tensors, options = layer._settings()
         conv_weight, conv_bias, running_mean, running_var, weight, bias = tensors
-        geometry = (functional._pair(name, options[name]) for name in ("stride", "padding", "dilation"))
+        geometry = [functional._pair(name, options.pop(name)) for name in ("stride", "padding", "dilation")]
         step = _chain.Layer(
             input=value,
             residual=residual,
             parameters=(conv_weight, conv_bias, weight, bias),
             running=(running_mean, running_var),
             around=None if border is None else border.around,
-            convolution=(*geometry, options["groups"]),
-            **{name: options[name] for name in ("eps", "activation", "negative_slope", "training", "momentum")},
+            convolution=(*geometry, options.pop("groups")),
+            **options,
         )
         self.steps.append(step)
         return len(self.steps)
