@@ -134,6 +134,17 @@ def _fused(module: nn.Module) -> nn.Module:
     return module
 
 
+def _fused_features(features: nn.Sequential) -> list[nn.Module]:
+    """Each pool belongs to the layer before it."""
+    fused: list[nn.Module] = []
+    for module in features:
+        if isinstance(module, nn.MaxPool2d):
+            fused[-1].downsample = ("max", 2)
+        else:
+            fused.append(_fused(module))
+    return fused
+
+
 def _segments(modules: Sequence[nn.Module], count: int) -> Iterator[nn.Module]:
     """That many layers or blocks each; a pool belongs to the segment before it."""
     starts = [i for i, module in enumerate(modules) if not isinstance(module, nn.MaxPool2d)][::count]
@@ -177,7 +188,7 @@ def training_step(name: str, case: Case, dtype: torch.dtype, x: Tensor, target: 
     if name in (OURS, LAYERS):
         import layerwise_ext as lw
 
-        fused = [_fused(module) for module in features]
+        fused = _fused_features(features)
         network = nn.Sequential(lw.nn.FusedChain(*fused) if name == OURS else nn.Sequential(*fused), head)
         forward = network
     elif name in CHECKPOINTS:

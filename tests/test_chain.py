@@ -568,6 +568,7 @@ def test_moments(second_moment: bool) -> None:
 
 class Head:
     bins = (2, 2)
+    needs_map = False
 
     def __init__(self, second_moment: bool) -> None:
         self.second_moment = second_moment

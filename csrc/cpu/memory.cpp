@@ -16,8 +16,6 @@ namespace {
 constexpr int64_t kHugePage = 2 << 20;
 constexpr int64_t kGranularity = 64 << 10;  // the rest of a block behind its last whole huge page is on small ones
 constexpr int64_t kDefaultCacheLimit = int64_t{1} << 30;
-// A cached block serves a request that fills at least this share of it.
-constexpr int64_t kWorstFit = 2;
 
 int64_t round_up(int64_t bytes) { return (bytes + kGranularity - 1) / kGranularity * kGranularity; }
 
@@ -46,19 +44,30 @@ class Pool {
       // A new block replaces cached ones, oldest first, beyond the largest amount that was ever in use at once.
       shrink_cache(std::max<int64_t>(0, peak_ - live_ - bytes));
       block = map_pages(bytes);
-      sizes_[block] = bytes;
-      live_ += bytes;
     }
+    sizes_[block] = bytes;
+    live_ += bytes;
     peak_ = std::max(peak_, live_);
     return block;
   }
 
   void release(void* block) {
     const std::lock_guard lock(mutex_);
-    const int64_t bytes = sizes_.at(block);
-    live_ -= bytes;
-    cached_ += bytes;
-    free_.push_back({block, bytes});
+    Free freed{static_cast<char*>(block), sizes_.at(block)};
+    sizes_.erase(block);
+    live_ -= freed.bytes;
+    cached_ += freed.bytes;
+    for (auto it = free_.begin(); it != free_.end();) {  // one block with what is free beside it
+      const bool before = it->end() == freed.block;
+      if (!before && freed.end() != it->block) {
+        ++it;
+        continue;
+      }
+      if (before) freed.block = it->block;
+      freed.bytes += it->bytes;
+      it = free_.erase(it);
+    }
+    free_.push_back(freed);
     shrink_cache(limit_);
   }
 
@@ -83,22 +92,26 @@ class Pool {
 
  private:
   struct Free {
-    void* block;
+    char* block;
     int64_t bytes;
+
+    char* end() const { return block + bytes; }
   };
 
-  // The smallest fitting block; among equals the one freed last, which is the most likely to be in a cache.
+  // From the smallest fitting block; among equals the one freed last, which is the most likely to be in a cache.  What is
+  // left of it stays free.
   void* take_cached(int64_t bytes) {
     auto best = free_.end();
     for (auto it = free_.begin(); it != free_.end(); ++it) {
-      if (it->bytes < bytes || it->bytes > kWorstFit * bytes) continue;
+      if (it->bytes < bytes) continue;
       if (best == free_.end() || it->bytes <= best->bytes) best = it;
     }
     if (best == free_.end()) return nullptr;
     void* block = best->block;
-    live_ += best->bytes;
-    cached_ -= best->bytes;
-    free_.erase(best);
+    cached_ -= bytes;
+    best->block += bytes;
+    best->bytes -= bytes;
+    if (best->bytes == 0) free_.erase(best);
     return block;
   }
 
@@ -107,7 +120,6 @@ class Pool {
     while (kept != free_.end() && cached_ > target) {
       munmap(kept->block, kept->bytes);
       cached_ -= kept->bytes;
-      sizes_.erase(kept->block);
       ++kept;
     }
     free_.erase(free_.begin(), kept);
@@ -115,7 +127,7 @@ class Pool {
 
   std::mutex mutex_;
   std::vector<Free> free_;  // in the order in which they were freed
-  std::unordered_map<void*, int64_t> sizes_;
+  std::unordered_map<void*, int64_t> sizes_;  // of the blocks in use
   int64_t live_ = 0, cached_ = 0, peak_ = 0, limit_ = kDefaultCacheLimit;
 };
 

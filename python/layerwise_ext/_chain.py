@@ -291,7 +291,7 @@ def _backward_layer(ctx: Any, grad_y: Any, grad_m1: Any, grad_m2: Any) -> tuple[
             )
             (grad_input,) = torch.autograd.grad(padded, leaf, grad_input)
             memory.read(ctx.input_node)
-        elif needs_input and needs_weight and last_reader and ctx.behind_layer:
+        elif needs_input and needs_weight and last_reader and ctx.behind_layer and _has_tiles(step, z, conv_weight):
             # One after the other, so that the input is gone when its gradient comes. That gradient does not depend on
             # the input's values: the z behind it, of the same shape, stands for it.
             _, grad_weight, _ = convolution_backward(operators.conv_bn_act_moments_backward, input, False, True, False)
@@ -324,6 +324,13 @@ def _backward_layer(ctx: Any, grad_y: Any, grad_m1: Any, grad_m2: Any) -> tuple[
     of_input = (grad_input if needs_input else None, None, grad_residual if needs_residual else None)
     of_convolution = (grad_weight if needs_weight else None, grad_bias)
     return (*of_input, *of_convolution, _like(dgamma, weight), _like(dbeta, bias), _like(dslope, slope))
+
+
+def _has_tiles(step: Layer, z: Tensor, conv_weight: Tensor) -> bool:
+    """Whether the weight gradient is likely to form dz in cache, so that z keeps its place until the input's gradient:
+    that of 3x3 kernels with stride 1 on the CPU (docs/cpu.md). Elsewhere two calls would write dz twice."""
+    stride, _, dilation, groups = step.convolution
+    return z.is_cpu and (*conv_weight.shape[2:], *stride, *dilation, groups) == (3, 3, 1, 1, 1, 1, 1)
 
 
 class _PoolNode(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Chains of fused layers for joint training, at half of the activation memory."""
+"""Chains of fused layers for joint training, which keep one map of each layer instead of two."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Residual(nn.Module):
 
 
 class FusedChain(nn.Sequential):
-    """Fused layers one after another, trained jointly at half of the activation memory of plain layers.
+    """Fused layers one after another, trained jointly from half of the maps that plain layers keep.
 
     An ``nn.Sequential`` with the same children, state_dict and results. For the backward pass it keeps of each layer
     the output of its convolution and two numbers per channel, and nothing else: activations, outputs of residual
