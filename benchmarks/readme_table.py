@@ -32,6 +32,16 @@ def tables(results: Path) -> str:
     return "\n\n".join(parts) if parts else NOTHING_YET
 
 
+# What the README calls the forms of a stage.
+FORM_NAMES = {
+    "plain": "",
+    "max": ", max pool",
+    "avg": ", average pool",
+    "depth": ", space to depth",
+    "residual": ", residual",
+}
+
+
 def _table(result: dict[str, Any]) -> str:
     entries = {(Row(**entry["row"]), entry["dtype"]): entry for entry in result["rows"]}
     dtypes = list(result["summary"])
@@ -40,6 +50,7 @@ def _table(result: dict[str, Any]) -> str:
     lines = [_line(header), _line(["---:"] * len(header))]
     for row in dict.fromkeys(row for row, _ in entries):
         size = f"{row.size}x{row.size}" + (f", stride {row.stride}" if row.stride > 1 else "")
+        size += FORM_NAMES[row.form]
         cells = [str(row.batch), f"{row.in_channels} → {row.out_channels}", size, f"{row.cells}x{row.cells}"]
         for dtype in dtypes:
             entry = entries[row, dtype]

@@ -18,10 +18,12 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import bench_chain  # noqa: E402
 import bench_local  # noqa: E402
+import bench_model  # noqa: E402
 import bench_stage  # noqa: E402
 import harness  # noqa: E402
 import networks  # noqa: E402
 import readme_table  # noqa: E402
+import roofline  # noqa: E402
 from chain_peers import CHECKPOINTS, LAYERS, Case  # noqa: E402
 from layerwise_ext import _memory  # noqa: E402
 from peers import COMPILE, CONTIGUOUS, CONVOLUTION, EAGER, OURS, Row  # noqa: E402
@@ -328,3 +330,22 @@ def test_only_a_complete_run_of_chains_writes_the_published_file():
 def test_bad_case(text):
     with pytest.raises(ValueError, match="case must be"):
         Case.parse(text)
+
+
+def test_models_and_roofline(tmp_path: Path) -> None:
+    path = tmp_path / "model.json"
+    assert bench_model.main(["--quick", "--no-compile", "--output", str(path)]) == 0
+    cases = json.loads(path.read_text())["cases"]
+    assert [(c["case"]["network"], c["case"]["mode"], c["dtype"]) for c in cases] == [
+        ("resnet18", "train", "fp32"),
+        ("resnet18", "train", "bf16"),
+        ("resnet50", "infer", "fp32"),
+        ("resnet50", "infer", "bf16"),
+    ]
+    assert all(c["differences"][bench_model.OURS] < 0.1 for c in cases)
+    assert set(cases[2]["ratio"]) == {bench_model.EAGER, bench_model.FOLDED}
+    path = tmp_path / "roofline.json"
+    assert roofline.main(["--quick", "--output", str(path)]) == 0
+    passes = json.loads(path.read_text())["passes"]
+    assert len({p["pass"] for p in passes}) == 13
+    assert all(p["share_of_copy"] == 1 for p in passes if p["pass"] == "copy")
