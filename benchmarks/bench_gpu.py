@@ -46,6 +46,8 @@ ROWS = (
     Row(256, 64, 256, 56, 4, 1, 1),
     Row(256, 128, 128, 28, 4),
     Row(256, 256, 256, 14, 2),
+    Row(256, 64, 64, 32, 4, form="max"),
+    Row(256, 64, 64, 32, 4, form="residual"),
     Row(256, 512, 512, 7, 1),
 )
 
@@ -187,7 +189,7 @@ def _nothing() -> None:
     pass
 
 
-def kernel_runs(dtype: torch.dtype) -> tuple[int, dict[str, tuple[int, Callable[[], Any]]]]:
+def kernel_runs(dtype: torch.dtype) -> tuple[int, dict[str, tuple[float, Callable[[], Any]]]]:
     """Bytes of a map beyond the L2 cache, and for each pass how many times it moves one, and the pass."""
     operators = torch.ops.layerwise_ext
     n, c, size, bins = 256, 256, 64, 4
@@ -199,6 +201,8 @@ def kernel_runs(dtype: torch.dtype) -> tuple[int, dict[str, tuple[int, Callable[
     given = (one, zero, zero, one)  # weight, bias, mean, var
     normalization = (zero, one, one, zero, *form)  # mean, var, weight, bias
     gradient = (z, None, p, None, zero, zero, *normalization, 1e6, False)
+    half = grad_y[..., : size // 2, : size // 2].contiguous(memory_format=torch.channels_last)
+    added, pooled = form._replace(residual=grad_y), form._replace(downsample="max", window=[2, 2])
     dense_sums = (z, grad_y, None, None, zero, *normalization)
     dense_gradient = (z, grad_y, None, None, zero, zero, *normalization, 1e6, False)
     return z.numel() * z.element_size(), {
@@ -208,6 +212,16 @@ def kernel_runs(dtype: torch.dtype) -> tuple[int, dict[str, tuple[int, Callable[
         "input gradient": (2, lambda: operators.bn_act_moments_backward(*gradient)),
         "dense sums": (2, lambda: operators.bn_act_moments_backward_sums(*dense_sums)),
         "input gradient, dense": (3, lambda: operators.bn_act_moments_backward(*dense_gradient)),
+        "apply, residual": (3, lambda: operators.bn_act_moments(z, *given, *added, False)),
+        "apply, max 2x2": (1.25, lambda: operators.bn_act_moments(z, *given, *pooled, False)),
+        "input gradient, dense, residual": (
+            5,
+            lambda: operators.bn_act_moments_backward(*dense_gradient[:10], *added, 1e6, True),
+        ),
+        "input gradient, dense, max 2x2": (
+            2.25,
+            lambda: operators.bn_act_moments_backward(z, half, *dense_gradient[2:10], *pooled, 1e6, False),
+        ),
     }
 
 

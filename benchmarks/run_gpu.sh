@@ -3,7 +3,7 @@
 #   bash benchmarks/run_gpu.sh [--only STAGE,STAGE...] [--python PYTHON] [-- ARGUMENT OF bench_gpu.py ...]
 # Stages: build, table (the operator tests on the device), graph (streams, capture, CUTLASS), sanitize (compute-sanitizer
 # on a small table), bench, and, asked for by name, autotune (bench once more, with the autotuner's choices; for builds
-# with CUTLASS).  Each has a time limit; together they take less than 9 minutes where compilation is not slow, and --only
+# with CUTLASS), local and chain (whole networks: bench_local.py, bench_chain.py).  Each has a time limit; together they take less than 9 minutes where compilation is not slow, and --only
 # cuts them into several calls.  The exit status says whether one failed.  JSON goes to $OUT, or to benchmarks/results.
 # LAYERWISE_CUTLASS=ON insists on CUTLASS.
 set -uo pipefail
@@ -74,5 +74,11 @@ fi
 bench() { stage "$1" 330 "$python" benchmarks/bench_gpu.py --output "$results/$2.json" "${@:3}"; }
 if wants bench; then bench bench bench_stage-gpu "$@"; fi
 if wants autotune; then bench autotune bench_stage-gpu-autotuned --autotune --no-max-autotune "$@"; fi
+if wants local; then
+  stage local 300 "$python" benchmarks/bench_local.py --device cuda --output "$results/bench_local-cuda.json"
+fi
+if wants chain; then
+  stage chain 500 "$python" benchmarks/bench_chain.py --device cuda --output "$results/bench_chain-cuda.json"
+fi
 echo "== done ($(date +%T)); failed: ${failed[*]:-none}"
 [ ${#failed[@]} -eq 0 ]
