@@ -119,15 +119,15 @@ Statistics batch_statistics(const Tensor& z, Layout layout) {
 
 using Moments = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // y, m1, m2, sums; the last three empty without bins
 
-// z is read in `layout`; the results have that of `target`.
+// z is read in `layout`; the results have that of `target`, but for a given y, whose memory may be that of z.
 Moments apply(const Tensor& z, Layout layout, Layout target, Normalization& normalization, const Form& form,
-              bool second_moment) {
+              bool second_moment, const OptionalTensor& given_y = {}) {
   const Shape s = shape_of(z), out = output_shape(s, form);
   const ScalarType accumulation = accumulation_type(z.scalar_type());
   const Ints cells = cells_or_rows(form, s);
   const Shape none{0, out.c, 1, 1};
   const Shape moments = form.bins.empty() ? none : Shape{out.n, out.c, form.bins[0], form.bins[1]};
-  Tensor y = allocate_map(z, out, layout);
+  Tensor y = given_y.has_value() ? *given_y : allocate_map(z, out, layout);
   Tensor m1 = empty_map(z, moments, layout, accumulation);
   Tensor m2 = empty_map(z, second_moment ? moments : none, layout, accumulation);
   Tensor sums = empty_vector(z, sum_kinds(form, second_moment) * m1.numel(), accumulation);
@@ -215,6 +215,20 @@ void winograd_convolution(const Tensor& x, const void* w, const Strides& w_strid
   cpu::winograd(p, statistics, parallel_for);
 }
 
+// Samples [first, last).
+Tensor samples(const Tensor& t, int64_t first, int64_t last) {
+  Tensor narrowed = t;  // narrow takes a tensor that it may change
+  return torch::stable::narrow(narrowed, 0, first, last - first);
+}
+
+// Whether that is this package's own convolution.
+bool convolves_by_tiles(const Tensor& input, const Tensor& w, const Shape& s, const Ints& stride, const Ints& padding,
+                        const Ints& dilation, int64_t groups) {
+  return groups == 1 && is_nested_channels_last(input) &&
+         cpu::has_winograd(map_of(input, s, Layout::kChannelsLast), shape_of(input), strides_of(input),
+                           window_of(w, stride, padding, dilation));
+}
+
 // The convolution, of shape s and in a layout that the kernels read, and its statistics where they are asked for.
 std::pair<Tensor, Statistics> convolve(const Tensor& input, const Tensor& conv_weight, const Shape& s,
                                        const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups,
@@ -226,9 +240,7 @@ std::pair<Tensor, Statistics> convolve(const Tensor& input, const Tensor& conv_w
   Statistics statistics;
   OptionalTensor z;
   cpu::BatchStatistics batch(s.c);
-  const bool winograd = groups == 1 && is_nested_channels_last(input) &&
-                        cpu::has_winograd(map_of(input, s, Layout::kChannelsLast), shape_of(input), strides_of(input),
-                                          window_of(w, stride, padding, dilation));
+  const bool winograd = convolves_by_tiles(input, w, s, stride, padding, dilation, groups);
   if (winograd) {
     z = allocate_map(input, s, Layout::kChannelsLast);
     winograd_convolution(input, w.const_data_ptr(), strides_of(w), padding[0], padding[1], *z,
@@ -239,9 +251,8 @@ std::pair<Tensor, Statistics> convolve(const Tensor& input, const Tensor& conv_w
   } else {
     for (int64_t i = 0; i < pieces; ++i) {
       const int64_t first = s.n * i / pieces, last = s.n * (i + 1) / pieces;
-      Tensor narrowed = input;
-      narrowed = torch::stable::narrow(narrowed, 0, first, last - first);
-      const auto [piece, layout] = readable(convolution(narrowed, w, stride, padding, dilation, groups));
+      const auto [piece, layout] =
+          readable(convolution(samples(input, first, last), w, stride, padding, dilation, groups));
       if (!z.has_value()) z = allocate_map(input, s, layout);
       StatisticsParams p = statistics_params(piece, layout);
       p.z_copy_strides = strides_of(*z);
@@ -288,12 +299,46 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_m
   return {y, m1, m2, sums, channel_tensor(map, statistics.mean), channel_tensor(map, statistics.var), map};
 }
 
+// Nobody else has z: y takes its place while it is in a cache.  Of a large map that is a piece of the batch at a time.
 Tensor conv_bn_act_inference(Tensor input, Tensor conv_weight, OptionalTensor conv_bias, OptionalTensor weight,
                              OptionalTensor bias, Tensor mean, Tensor var, Ints stride, Ints padding, Ints dilation,
                              int64_t groups, LAYERWISE_FORM_PARAMETERS) {
-  return std::get<0>(conv_bn_act_moments(input, conv_weight, conv_bias, weight, bias, mean, var, stride, padding,
-                                         dilation, groups, eps, activation, negative_slope, upper_slope, slope, seed,
-                                         residual, downsample, window, ceil_mode, bins, false));
+  const Form form = LAYERWISE_FORM;
+  check_map("input", input, kHalf);
+  const Shape s = convolution_shape(input, conv_weight, stride, padding, dilation, groups);
+  check_channels("conv_bias", conv_bias, input, s.c);
+  check_normalization(input, s, weight, bias, mean, var, form);
+  Values shifted = read_values(mean);
+  const Values shift = read_values(conv_bias, s.c, 0.0), variance = read_values(var);
+  for (int64_t c = 0; c < s.c; ++c) shifted[c] -= shift[c];
+  const Tensor w = conv_weight.scalar_type() == input.scalar_type()
+                       ? conv_weight
+                       : torch::stable::to(conv_weight, input.scalar_type());
+  const bool in_place = downsample == "none";
+  const int64_t pieces =
+      in_place && !seed.has_value() && !convolves_by_tiles(input, w, s, stride, padding, dilation, groups)
+          ? convolution_pieces(s, w, input.element_size())
+          : 1;
+  OptionalTensor y;
+  for (int64_t i = 0; i < pieces; ++i) {
+    const int64_t first = s.n * i / pieces, last = s.n * (i + 1) / pieces;
+    Form part = form;
+    if (pieces > 1 && residual.has_value()) part.residual = samples(*residual, first, last);
+    const Tensor z =
+        pieces > 1 ? readable(convolution(samples(input, first, last), w, stride, padding, dilation, groups)).first
+                   : convolve(input, w, s, stride, padding, dilation, groups, false).first;
+    const Layout layout = result_layout(z);
+    const auto [cut, cut_layout] = readable_windows(z, form);
+    Normalization normalization(cut, cut_layout, shifted, variance, weight, bias, part);
+    if (pieces > 1) {
+      if (!y.has_value()) y = allocate_map(input, s, layout);
+      apply(cut, cut_layout, layout, normalization, part, false, samples(*y, first, last));
+    } else {
+      y = std::get<0>(
+          apply(cut, cut_layout, layout, normalization, part, false, in_place ? OptionalTensor(cut) : std::nullopt));
+    }
+  }
+  return *y;
 }
 
 // -- Backward -----------------------------------------------------------------------------------------------------------

@@ -209,3 +209,22 @@ def test_inference(options: dict[str, Any], dtype: str, layout: str) -> None:
     exact = peer(torch.float64)
     check("y", y, exact, peer(DTYPES[dtype]), terms)
     assert torch.equal(y, kept)  # no_grad decides, not the parameters
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["channels_last", "contiguous"])
+def test_inference_of_large_maps(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    """Beyond 16 MiB the batch goes through in pieces; the numbers are those of the layer with gradients."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 24, 112, 120, generator=g).to(dtype).contiguous(memory_format=layout)
+    w = torch.randn(144, 24, 1, 1, generator=g).to(dtype)
+    channels = {name: torch.rand(144, generator=g) + 0.5 for name in ("running_mean", "running_var", "weight", "bias")}
+    residual = torch.randn(5, 144, 112, 120, generator=g).to(dtype).contiguous(memory_format=layout)
+    bias = torch.randn(144, generator=g).to(dtype)
+    for options in ({}, {"residual": residual, "activation": "silu"}, {"downsample": ("max", 2)}):
+        with torch.no_grad():
+            y = functional.conv_bn_act(x, w, bias, **channels, **options)
+        expected = functional.conv_bn_act(x, w.clone().requires_grad_(), bias, **channels, **options).detach()
+        assert y.is_contiguous(memory_format=layout)
+        tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
