@@ -192,6 +192,15 @@ inline void check_backward(const Tensor& z, const OptionalTensor& grad_y, const 
   check_channels("dbeta", dbeta, z, z.size(1));
 }
 
+// For the gradient of a residual that is to take the place of grad_y.
+inline void check_overwritten_gradient(const Tensor& z, const OptionalTensor& grad_y, const Form& form, bool in_place,
+                                       bool needs_residual) {
+  STD_TORCH_CHECK(in_place && needs_residual && form.residual.has_value() && form.downsample == "none" &&
+                      grad_y.has_value() && strides_of(*grad_y) == strides_of(z),
+                  "overwrite_grad_y needs the operator that works in place, a residual whose gradient is wanted, no "
+                  "downsampling, and a grad_y with the strides of z");
+}
+
 // -- The extended form as kernels take it ------------------------------------------------------------------------------
 
 // Without the residual and the slopes, which each backend makes readable in its own way.

@@ -400,15 +400,17 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(bool overwrite, Tensor z, Optio
                                                  OptionalTensor bias, LAYERWISE_FORM_PARAMETERS, double count,
                                                  Tensor input, Tensor conv_weight, Ints stride, Ints padding,
                                                  Ints dilation, int64_t groups, bool needs_input, bool needs_weight,
-                                                 bool needs_residual) {
+                                                 bool needs_residual, bool overwrite_grad_y) {
   const Form form = LAYERWISE_FORM;
   check_backward(z, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, form, kHalf);
   check_convolution_backward(z, input, conv_weight, stride, padding, dilation, groups, kHalf);
+  if (overwrite_grad_y) check_overwritten_gradient(z, grad_y, form, overwrite, needs_residual);
   const Device device(z);
   const Normalization normalization(z, mean, var, weight, bias, form);
   Tensor dz = overwrite ? z : empty_map(z, shape_of(z), layout_of(z), z.scalar_type());
-  OptionalTensor grad_residual = empty_residual(z, form, needs_residual);
+  OptionalTensor grad_residual = overwrite_grad_y ? grad_y : empty_residual(z, form, needs_residual);
   write_input_gradient(z, dz, grad_residual, grad_y, grad_m1, grad_m2, dgamma, dbeta, normalization, count, device);
+  if (overwrite_grad_y) grad_residual.reset();
   const auto none = [&] { return empty_vector(z, 0, z.scalar_type()); };
   auto [grad_input, grad_weight] =
       needs_input || needs_weight

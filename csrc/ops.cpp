@@ -552,10 +552,11 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(bool overwrite, Tensor z, Optio
                                                  OptionalTensor bias, LAYERWISE_FORM_PARAMETERS, double count,
                                                  Tensor input, Tensor conv_weight, Ints stride, Ints padding,
                                                  Ints dilation, int64_t groups, bool needs_input, bool needs_weight,
-                                                 bool needs_residual) {
+                                                 bool needs_residual, bool overwrite_grad_y) {
   const Form form = LAYERWISE_FORM;
   check_backward(z, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, form, kHalf);
   check_convolution_backward(z, input, conv_weight, stride, padding, dilation, groups, kHalf);
+  if (overwrite_grad_y) check_overwritten_gradient(z, grad_y, form, overwrite, needs_residual);
   const auto [map, layout] = readable_windows(z, form);
   GradientInputs gradient(map, layout, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, form, count);
   const Window kernel = window_of(conv_weight, stride, padding, dilation);
@@ -574,7 +575,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(bool overwrite, Tensor z, Optio
   }
   if (!needs_input && !needs_weight && !needs_residual) return {none(), grad_weight, none()};
   Tensor dz = overwrite ? map : allocate_map(z, shape_of(z), layout);
-  OptionalTensor grad_residual = empty_residual(z, layout, needs_residual);
+  OptionalTensor grad_residual = overwrite_grad_y ? grad_y : empty_residual(z, layout, needs_residual);
   gradient.write(dz, grad_residual);
   std::optional<Tensor> grad_input;
   if (needs_input && plain) grad_input = winograd_input_gradient(dz, input, conv_weight, kernel);
@@ -585,6 +586,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(bool overwrite, Tensor z, Optio
     if (!grad_input.has_value()) grad_input = other_input;
     if (needs_weight) grad_weight = other_weight;
   }
+  if (overwrite_grad_y) grad_residual.reset();
   if (grad_residual.has_value() && layout != result_layout(z))
     grad_residual = dense_copy(*grad_residual, result_layout(z));
   return {grad_input.value_or(none()), grad_weight, grad_residual.value_or(none())};

@@ -19,6 +19,8 @@ struct Shape {
 // In elements; the innermost dimension of the layout has stride 1.
 struct Strides {
   int64_t n, c, h, w;
+
+  bool operator==(const Strides&) const = default;
 };
 
 struct Map {

@@ -46,14 +46,16 @@ void define_operators(Library& m) {
       "bn_act_moments_backward(Tensor z, Tensor? grad_y, Tensor? grad_m1, Tensor? grad_m2, Tensor dgamma, Tensor dbeta, "
       "Tensor mean, Tensor var, Tensor? weight, Tensor? bias, " LAYERWISE_FORM_SCHEMA
       ", float count, bool needs_residual) -> (Tensor dz, Tensor grad_residual)");
-  // The second form may leave dz in z.
-  for (const char* form : {"conv_bn_act_moments_backward(Tensor z", "conv_bn_act_moments_backward_(Tensor(a!) z"}) {
+  // The second form may leave dz in z; with overwrite_grad_y it leaves the residual's gradient in grad_y, which has the
+  // strides of z, and returns an empty one.
+  for (const char* form : {"conv_bn_act_moments_backward(Tensor z, Tensor? grad_y",
+                           "conv_bn_act_moments_backward_(Tensor(a!) z, Tensor(b!)? grad_y"}) {
     const std::string schema =
         std::string(form) +
-        ", Tensor? grad_y, Tensor? grad_m1, Tensor? grad_m2, Tensor dgamma, Tensor dbeta, Tensor mean, Tensor var, "
+        ", Tensor? grad_m1, Tensor? grad_m2, Tensor dgamma, Tensor dbeta, Tensor mean, Tensor var, "
         "Tensor? weight, Tensor? bias, " LAYERWISE_FORM_SCHEMA
         ", float count, Tensor input, Tensor conv_weight, int[] stride, int[] padding, int[] dilation, int groups, "
-        "bool needs_input, bool needs_weight, bool needs_residual) -> "
+        "bool needs_input, bool needs_weight, bool needs_residual, bool overwrite_grad_y) -> "
         "(Tensor grad_input, Tensor grad_conv_weight, Tensor grad_residual)";
     m.def(schema.c_str());
   }

@@ -78,8 +78,8 @@ def _arguments() -> dict[str, tuple[Any, ...]]:
         "conv_bn_act_moments": (x, w.clone().requires_grad_(), None, gamma, beta, *without, *convolution, *form, False),
         "bn_act_moments_backward_sums": (z, *gradients, sums, mean, var, gamma, beta, *form),
         "bn_act_moments_backward": (*backward, False),
-        "conv_bn_act_moments_backward": (*backward, x, w, *convolution, True, True, False),
-        "conv_bn_act_moments_backward_": (z.clone(), *backward[1:], x, w, *convolution, False, True, False),
+        "conv_bn_act_moments_backward": (*backward, x, w, *convolution, True, True, False, False),
+        "conv_bn_act_moments_backward_": (z.clone(), *backward[1:], x, w, *convolution, False, True, False, False),
         "update_running_statistics_": (torch.zeros(4), torch.ones(4), mean, var, None, 60, 0.1),
     }
 
@@ -128,7 +128,9 @@ def test_opcheck_of_extended_forms(form: Form, layout: torch.memory_format) -> N
         operators.conv_bn_act_inference.default, (x, w, None, gamma, beta, mean, var, *convolution, *form)
     )
     for needs in ((True, True, True), (False, True, False), (False, False, True)):
-        torch.library.opcheck(operators.conv_bn_act_moments_backward.default, (*backward, x, w, *convolution, *needs))
+        torch.library.opcheck(
+            operators.conv_bn_act_moments_backward.default, (*backward, x, w, *convolution, *needs, False)
+        )
 
 
 @pytest.mark.parametrize("downsample", [None, ("max", 2), ("avg", (2, 3)), ("space_to_depth", 2)], ids=str)
@@ -353,7 +355,7 @@ def test_layout_of_the_input_gradient_is_that_of_tracing() -> None:
             z = torch.randn(200, 32, 1, 1).to(torch.bfloat16)
             p = torch.randn(200, 32, 1, 1)
             arguments = (z, None, p, None, channels, channels, channels, channels, *none, *form[4:], 200.0, x, w)
-            gradient, *_ = operators.conv_bn_act_moments_backward(*arguments, *form[:4], True, True, False)
+            gradient, *_ = operators.conv_bn_act_moments_backward(*arguments, *form[:4], True, True, False, False)
             strides.append(gradient.stride())
     assert strides[0] == strides[1]
 
@@ -378,7 +380,7 @@ def test_no_gradient_of_the_input_unless_needed(needs_input: bool) -> None:
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if "conv_bn_act_moments_backward" in func.name():
-                flags.append(args[-3])
+                flags.append(args[-4])
             return func(*args, **(kwargs or {}))
 
     stage = Stage()

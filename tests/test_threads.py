@@ -46,7 +46,9 @@ def fused_weight_gradient(layout: torch.memory_format, dtype: torch.dtype) -> li
     rest = (None, None, *Form(bins=[4, 4]), 1000.0, x, torch.empty(64, 32, 3, 3), [1, 1], [1, 1], [1, 1], 1)
     zero = torch.zeros(64)
     return list(
-        operators.conv_bn_act_moments_backward(z, None, p, None, zero, zero, mean, var, *rest, False, True, False)
+        operators.conv_bn_act_moments_backward(
+            z, None, p, None, zero, zero, mean, var, *rest, False, True, False, False
+        )
     )
 
 

@@ -80,7 +80,7 @@ def run(steps: Sequence[Step], x: Tensor, bins: list[int], second_moment: bool) 
             added = (None, None) if step.residual is None else (nodes[step.residual], values[step.residual])
             inner = i + 1 < len(steps)
             y, m1, m2 = _LayerNode.apply(
-                i, step, memory, [] if inner else bins, second_moment, *read, *added, *step.parameters
+                i, step, memory, inner, [] if inner else bins, second_moment, *read, *added, *step.parameters
             )
             del added
         else:
@@ -138,7 +138,7 @@ class _Memory:
     all fit they are evenly spaced, and the next sweep starts from the nearest one.
     """
 
-    WORKING_MAPS = 5  # what a layer has at a time beside z: gradients of its output, input and residual, and these two
+    WORKING_MAPS = 4  # what a layer has at a time beside z: gradients of its output and input, its input and residual
 
     def __init__(self) -> None:
         self.readers: Counter[int] = Counter()  # by node: how many others will ask for its value
@@ -223,6 +223,7 @@ class _LayerNode(torch.autograd.Function):
         index: int,
         step: Layer,
         memory: _Memory,
+        inner: bool,
         bins: list[int],
         second_moment: bool,
         input_node: Any,
@@ -233,12 +234,12 @@ class _LayerNode(torch.autograd.Function):
     ) -> Any:
         padded = input if step.around is None else step.around(input)
         y, m1, m2, sums, mean, var, z = _forward_layer(step, padded, residual, parameters, bins, second_moment)
-        ctx.index, ctx.step, ctx.memory, ctx.bins = index, step, memory, bins
+        ctx.index, ctx.step, ctx.memory, ctx.bins, ctx.inner = index, step, memory, bins, inner
         ctx.input_node, ctx.residual_node, ctx.source = input_node, residual_node, residual_node
         ctx.hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*_absent(m1, m2, bins, second_moment))
-        needs_input, _, _, needs_weight, *_ = ctx.needs_input_grad[6:]
+        needs_input, _, _, needs_weight, *_ = ctx.needs_input_grad[7:]
         ctx.reads_input = needs_input or needs_weight
         # Whether the input has the shape of the z behind it.
         ctx.behind_layer = input_node is not None and isinstance(input_node.step, Layer) and padded.shape == input.shape
@@ -256,7 +257,7 @@ class _LayerNode(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Any, grad_m1: Any, grad_m2: Any) -> Any:
         with torch.no_grad():
             gradients = _backward_layer(ctx, grad_y, grad_m1, grad_m2)
-        return (*[None] * 6, *_once_differentiable(gradients))
+        return (*[None] * 7, *_once_differentiable(gradients))
 
 
 def _backward_layer(ctx: Any, grad_y: Any, grad_m1: Any, grad_m2: Any) -> tuple[Tensor | None, ...]:
@@ -265,7 +266,7 @@ def _backward_layer(ctx: Any, grad_y: Any, grad_m1: Any, grad_m2: Any) -> tuple[
     saved = memory.enter(ctx)
     z, sums = saved.pop(), saved.pop()
     input, residual, conv_weight, conv_bias, weight, bias, slope, mean, var = saved
-    needs_input, _, needs_residual, needs_weight, needs_bias, *_ = ctx.needs_input_grad[6:]
+    needs_input, _, needs_residual, needs_weight, needs_bias, *_ = ctx.needs_input_grad[7:]
     if step.residual is not None:
         residual = _value(memory, ctx.residual_node, residual)
     gradients = (grad_y, grad_m1, grad_m2)
@@ -278,8 +279,17 @@ def _backward_layer(ctx: Any, grad_y: Any, grad_m1: Any, grad_m2: Any) -> tuple[
     last_reader = _is_last_reader(ctx, z)
     in_place = operators.conv_bn_act_moments_backward_ if last_reader else operators.conv_bn_act_moments_backward
 
-    def convolution_backward(operator: Any, input: Tensor, *needs: bool) -> tuple[Tensor, Tensor, Tensor]:
-        return operator(z, *gradients, dgamma, dbeta, *common, count, input, conv_weight, *step.convolution, *needs)
+    # Gradients of inner values are the engine's alone; with create_graph=True they are part of a graph.
+    owned = ctx.inner and grad_y is not None and not grad_y.requires_grad and grad_y.stride() == z.stride()
+    overwrite = bool(needs_residual and last_reader and owned and step.form.downsample == "none")
+
+    def convolution_backward(
+        operator: Any, input: Tensor, of_input: bool, of_weight: bool, of_residual: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return operator(
+            z, *gradients, dgamma, dbeta, *common, count, input, conv_weight, *step.convolution, of_input, of_weight,
+            of_residual, overwrite and of_residual,
+        )  # fmt: skip
 
     grad_input = grad_weight = grad_bias = grad_residual = None
     if ctx.reads_input:
@@ -308,6 +318,8 @@ def _backward_layer(ctx: Any, grad_y: Any, grad_m1: Any, grad_m2: Any) -> tuple[
     elif needs_residual:
         dz_and_residual = operators.bn_act_moments_backward(z, *gradients, dgamma, dbeta, *common, count, True)
         grad_residual = dz_and_residual[1]
+    if overwrite and ctx.reads_input:
+        grad_residual = grad_y
     if step.residual is not None:
         del residual, form, common
         memory.read(ctx.residual_node)

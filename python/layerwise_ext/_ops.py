@@ -161,7 +161,7 @@ def _(z, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, *form
 def _fake_conv_backward(z, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, *form_and_rest):
     form = Form(*form_and_rest[:_FORM_SIZE])
     _, input, conv_weight, stride, padding, dilation, groups, *needs = form_and_rest[_FORM_SIZE:]
-    needs_input, needs_weight, needs_residual = needs
+    needs_input, needs_weight, needs_residual, overwrite_grad_y = needs
     grad_input = z.new_empty(0)
     if needs_input:  # ATen chooses its layout
         convolution = (stride, padding, dilation, False, [0, 0], groups)
@@ -169,7 +169,7 @@ def _fake_conv_backward(z, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, w
         dz = _empty_map(z, list(z.shape), _is_channels_last(z), z.dtype)
         grad_input, _, _ = _aten.convolution_backward(dz, input, w, None, *convolution, [True, False, False])
     grad_weight = torch.empty_like(conv_weight) if needs_weight else z.new_empty(0)
-    return grad_input, grad_weight, _fake_residual(z, form, needs_residual)
+    return grad_input, grad_weight, _fake_residual(z, form, needs_residual and not overwrite_grad_y)
 
 
 torch.library.register_fake("layerwise_ext::conv_bn_act_moments_backward", _fake_conv_backward)
@@ -406,7 +406,7 @@ def _backward_conv(ctx: Any, grad_y: Any, grad_m1: Any, grad_m2: Any, *_: Any) -
         )
         grad_input, grad_weight, grad_residual = backward(
             z, *gradients, *totals, *common, ctx.count, input, conv_weight, *ctx.convolution,
-            needs_input, needs_weight, needs_residual,
+            needs_input, needs_weight, needs_residual, False,
         )  # fmt: skip
     if conv_bias is not None and needs_bias:
         # The sum of dz: zero behind batch statistics, which cancel any shift, gamma*rstd*dbeta behind fixed ones.
