@@ -8,7 +8,10 @@ from typing import Any
 import layerwise_ext as lw
 import pytest
 import torch
+from layerwise_ext import functional
+from layerwise_ext.nn import ConvBNReLU2d
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 @pytest.fixture(autouse=True)
@@ -127,3 +130,23 @@ def test_modes_without_gradients() -> None:
             outputs: Any = module(x, target)
         assert torch.equal(outputs.features, expected.features) and torch.equal(outputs.loss, expected.loss)
         assert not outputs.loss.requires_grad
+
+
+@pytest.mark.parametrize(
+    "options", [{"activation": "rrelu"}, {"activation": "prelu"}, {"downsample": ("max", 2)}], ids=str
+)
+def test_layers_of_the_extended_form_compile_whole(options: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    layer = ConvBNReLU2d(4, 4, 3, padding=1, **options)
+    compiled = torch.compile(copy.deepcopy(layer), backend="aot_eager", fullgraph=True)
+    x, residual = torch.randn(2, 4, 6, 6), torch.randn(2, 4, 6, 6)
+    y = compiled(x, residual)
+    y.square().sum().backward()
+    if options.get("activation") != "rrelu":  # random numbers of a traced program are others
+        torch.testing.assert_close(y, layer(x, residual))
+
+
+def test_fake_maps_have_the_checks_of_real_ones() -> None:
+    for downsample in (("space_to_depth", (1, 2)), ("max", 3)):
+        with FakeTensorMode(), pytest.raises(RuntimeError, match="cannot be cut into windows"):
+            functional.bn_act_moments(torch.randn(1, 2, 2, 1), torch.zeros(2), torch.ones(2), downsample=downsample)

@@ -231,6 +231,14 @@ def test_downsampling_and_residual_equal_modules(downsample: Any, memory_format:
     torch.testing.assert_close(moments[1], F.adaptive_avg_pool2d(moments[0], 2) * area, **TOLERANCE)
 
 
+def test_stride_in_plain_modules() -> None:
+    layer = ConvBNReLU2d(3, 8, 3, padding="same", downsample=("stride", 2), dtype=torch.float64).eval()
+    x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), plain(layer)(x), **TOLERANCE)
+    with pytest.raises(ValueError, match=r"no padding='same' for kernel_size \(2, 2\)"):
+        ConvBNReLU2d(3, 8, 2, padding="same", downsample=("stride", 2)).to_modules()
+
+
 def test_residual_under_autocast() -> None:
     layer = ConvBNReLU2d(4, 8, 3, padding=1)
     x, residual = torch.randn(2, 4, 6, 6), torch.randn(2, 8, 6, 6, requires_grad=True)

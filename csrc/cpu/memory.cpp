@@ -115,12 +115,15 @@ class Pool {
     return block;
   }
 
+  // Gives back the oldest blocks, of the last one what is too much.
   void shrink_cache(int64_t target) {
     auto kept = free_.begin();
     while (kept != free_.end() && cached_ > target) {
-      munmap(kept->block, kept->bytes);
-      cached_ -= kept->bytes;
-      ++kept;
+      const int64_t surplus = std::min(kept->bytes, round_up(cached_ - target));
+      munmap(kept->end() - surplus, surplus);
+      cached_ -= surplus;
+      kept->bytes -= surplus;
+      if (kept->bytes == 0) ++kept;
     }
     free_.erase(free_.begin(), kept);
   }

@@ -14,7 +14,7 @@ namespace layerwise::cpu {
 // Blocks at least this large come from the pool.
 constexpr int64_t kPooledBytes = 4 << 20;
 
-// Throws std::bad_alloc.  The memory is aligned to a huge page and uninitialised.
+// Throws std::bad_alloc.  The memory is aligned to 64 KiB and uninitialised.
 void* acquire(int64_t bytes);
 void release(void* block);
 

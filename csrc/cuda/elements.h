@@ -245,7 +245,7 @@ inline Map pooled_map(Map map, const Extension& x) {
 
 // An access that is by single elements where channels are apart.
 inline Access apart(const void* data, const Strides& strides, const Extension& x) {
-  return x.channel_step == 1 ? Access{data, strides} : Access{nullptr, {}};
+  return {x.channel_step == 1 ? data : nullptr, strides};
 }
 
 }  // namespace layerwise::cuda

@@ -74,6 +74,9 @@ class Form(NamedTuple):
         if self.downsample == "none":
             return [n, c, h, w]
         rows, columns = self.window
+        whole = self.downsample != "space_to_depth" or (h % rows == 0 and w % columns == 0)
+        if not whole or (not self.ceil_mode and (h < rows or w < columns)):
+            raise RuntimeError(f"a map of size {[h, w]} cannot be cut into windows of {[rows, columns]}")
         if self.downsample == "space_to_depth":
             return [n, c * rows * columns, h // rows, w // columns]
         if self.ceil_mode:

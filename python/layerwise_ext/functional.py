@@ -120,7 +120,7 @@ def _make_form(
 ) -> Form:
     """Mode 'stride' is the caller's to carry out. A missing seed is drawn, a residual is converted under autocast."""
     if activation == "rrelu" and seed is None:
-        seed = torch.empty(1, dtype=torch.int64, device=device).random_()
+        seed = torch.randint(2**62, (1,), device=device)
     if residual is not None and residual.dtype != dtype and torch.is_autocast_enabled(device.type):
         residual = residual.to(dtype)
     if mode == "stride":
@@ -186,7 +186,8 @@ def bn_act_moments(
         slope: of ``'prelu'``, ``[C]`` or ``[1]``, learned.
         seed: of ``'rrelu'``, one int64 on the device of ``z``: equal seeds give equal slopes. None: drawn from
             PyTorch's generator.
-        residual: added before the activation, of the shape and dtype of ``z``.
+        residual: added before the activation, of the dtype of ``z`` and its shape, with ``'stride'`` that of what is
+            kept of it.
         downsample: ``(mode, factor)``, the factor an int or ``(h, w)``: what becomes of each window of the activation.
             ``'max'`` and ``'avg'`` are :func:`torch.nn.functional.max_pool2d` and ``avg_pool2d`` with
             ``kernel_size=stride=factor`` (rows and columns that fill no window are left out, but with ``ceil_mode``);

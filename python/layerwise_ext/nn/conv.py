@@ -145,7 +145,7 @@ class ConvBNReLU2d(nn.Module):
         """A layer that shares the given modules, parameters and buffers included.
 
         ``act``: a module of one of the activations above, or None for no activation. The layer takes its training flag
-        from ``bn``.
+        from ``bn``, with random slopes from ``act``.
 
         Raises:
             TypeError: a module that is not a plain (initialised) one of these classes.
@@ -169,7 +169,7 @@ class ConvBNReLU2d(nn.Module):
         layer.downsample = downsample
         layer.ceil_mode = ceil_mode
         layer.process_group = None
-        layer.training = bn.training
+        layer.training = act.training if isinstance(act, nn.RReLU) else bn.training
         return layer
 
     def to_modules(self) -> tuple[nn.Module, ...]:
@@ -177,6 +177,9 @@ class ConvBNReLU2d(nn.Module):
 
         With ``downsample=('stride', factor)`` there is no fourth: ``conv`` is then a copy with a larger stride that
         shares the parameters.
+
+        Raises:
+            ValueError: a stride with ``padding='same'`` and an even kernel, which no nn.Conv2d has.
         """
         act: nn.Module
         if self.activation == "prelu":
@@ -195,6 +198,9 @@ class ConvBNReLU2d(nn.Module):
         mode, window = functional._downsampling(self.downsample)
         if mode == "stride":
             conv = copy.copy(self.conv)
+            border, conv.padding = _padding(conv)
+            if border is not None and conv.padding_mode == "zeros":
+                raise ValueError(f"an nn.Conv2d with a stride has no padding='same' for kernel_size {conv.kernel_size}")
             conv.stride = (conv.stride[0] * window[0], conv.stride[1] * window[1])
             return conv, *modules[1:]
         return *modules, AcceleratedDownsample2d(mode, (window[0], window[1]), self.ceil_mode).train(self.training)
