@@ -7,8 +7,8 @@ import os
 # Graphs that another build of the package left on disk call its operators as they were then.
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 
-import backends  # noqa: E402
-import pytest  # noqa: E402
+import backends
+import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
