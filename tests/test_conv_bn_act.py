@@ -211,6 +211,7 @@ def test_inference(options: dict[str, Any], dtype: str, layout: str) -> None:
     assert torch.equal(y, kept)  # no_grad decides, not the parameters
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["channels_last", "contiguous"])
 def test_inference_of_large_maps(dtype: torch.dtype, layout: torch.memory_format) -> None:
