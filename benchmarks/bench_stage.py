@@ -43,6 +43,7 @@ from peers import (
     Step,
     TrainingStep,
     convolution_step,
+    eager_stage,
     inputs,
     training_step,
 )
@@ -92,13 +93,26 @@ def agreement(ours: TrainingStep, eager: TrainingStep, row: Row, dtype: str) -> 
             raise DisagreementError(f"{dtype} {row}: {name} is {value.shape}, in PyTorch {expected.shape}")
         scale = expected.double().norm().clamp_min(torch.finfo(torch.float32).tiny)
         difference = ((value.double() - expected.double()).norm() / scale).item()
-        if not difference <= TOLERANCE[dtype]:  # also for NaN
+        agrees = difference <= TOLERANCE[dtype] or _is_no_worse(name, value, expected, row, dtype)
+        if not agrees:  # also for NaN
             raise DisagreementError(
                 f"{dtype} {row}: {name} differs from eager PyTorch by {difference:.2g} relative to its norm, "
                 f"allowed is {TOLERANCE[dtype]:.2g}; nothing was timed"
             )
         worst = max(worst, difference)
     return worst
+
+
+def _is_no_worse(name: str, value: torch.Tensor, expected: torch.Tensor, row: Row, dtype: str) -> bool:
+    """Whether a gradient is no further from float64 than eager PyTorch's, whose roundings flip more signs."""
+    stage = eager_stage(row).double()
+    x, target = inputs(row, DTYPES[dtype])
+    stage(x.double(), target)[1].backward()
+    exact = {f"gradient of {key}": parameter.grad for key, parameter in stage.named_parameters()}.get(name)
+    if exact is None:
+        return False
+    errors = [(gradient.double() - exact).norm().item() for gradient in (value, expected)]
+    return errors[0] <= errors[1]
 
 
 def measure_time(row: Row, dtype: str, names: Sequence[str], sampling: Sampling) -> dict[str, Any]:
