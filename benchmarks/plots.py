@@ -1,4 +1,4 @@
-"""Draws docs/plots/*.svg from the committed results of the CPU benchmarks; the main README shows them.
+"""Draws docs/plots/*.svg from the committed results of the CPU benchmarks.
 
 python benchmarks/plots.py
 """

@@ -103,6 +103,11 @@ def _downsampling(downsample: Downsample) -> tuple[str, list[int]]:
     return mode, window
 
 
+def _one_per_channel(slope: Tensor | None, channels: int) -> Tensor | None:
+    """A single slope serves all channels."""
+    return slope.expand(channels) if slope is not None and tuple(slope.shape) == (1,) else slope
+
+
 def _make_form(
     device: torch.device,
     dtype: torch.dtype,
@@ -215,11 +220,9 @@ def bn_act_moments(
     replicas = _replicas_of(process_group) if training else None
     if training and replicas is None:
         _check_more_than_one_value(z.shape)
-    if slope is not None and slope.dim() == 1 and slope.size(0) == 1:
-        slope = slope.expand(z.size(1))
     form = _make_form(
-        z.device, z.dtype, eps, activation, negative_slope, upper_slope, slope, seed, residual, mode, window, ceil_mode,
-        _pair("bins", bins),
+        z.device, z.dtype, eps, activation, negative_slope, upper_slope, _one_per_channel(slope, z.size(1)), seed,
+        residual, mode, window, ceil_mode, _pair("bins", bins),
     )  # fmt: skip
     mean, var = (None, None) if training else (running_mean, running_var)
     arguments = (z, weight, bias, mean, var, *form, second_moment)
@@ -466,11 +469,9 @@ def _conv_bn_act_moments(
         input = input.to(torch.get_autocast_dtype(device))
     elif conv_weight.dtype != input.dtype:
         raise TypeError(f"conv_weight must have the dtype of input, {input.dtype}, got {conv_weight.dtype}")
-    if slope is not None and slope.dim() == 1 and slope.size(0) == 1:
-        slope = slope.expand(conv_weight.size(0))
     form = _make_form(
-        input.device, input.dtype, eps, activation, negative_slope, upper_slope, slope, seed, residual, mode, window,
-        ceil_mode, bins,
+        input.device, input.dtype, eps, activation, negative_slope, upper_slope,
+        _one_per_channel(slope, conv_weight.size(0)), seed, residual, mode, window, ceil_mode, bins,
     )  # fmt: skip
     convolution = (stride, padding, dilation, groups)
     tensors = (input, conv_weight, conv_bias, weight, bias)
