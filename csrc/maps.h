@@ -9,6 +9,7 @@
 
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "params.h"
@@ -111,25 +112,28 @@ inline Tensor dense_copy(const Tensor& t, Layout layout) {
 
 using Values = std::vector<double>;
 
+// Calls use(std::type_identity<T>) for the element type T of a [C] tensor.
+template <class Use>
+void with_value_type(const Tensor& t, const Use& use) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double:
+      return use(std::type_identity<double>());
+    case ScalarType::Float:
+      return use(std::type_identity<float>());
+    case ScalarType::Half:
+      return use(std::type_identity<torch::headeronly::Half>());
+    default:
+      return use(std::type_identity<torch::headeronly::BFloat16>());
+  }
+}
+
 inline Values read_values(const Tensor& t) {
   Values values(t.numel());
-  const void* data = t.const_data_ptr();
-  const int64_t stride = t.stride(0);
-  for (size_t i = 0; i < values.size(); ++i) {
-    switch (t.scalar_type()) {
-      case ScalarType::Double:
-        values[i] = static_cast<const double*>(data)[i * stride];
-        break;
-      case ScalarType::Float:
-        values[i] = static_cast<const float*>(data)[i * stride];
-        break;
-      case ScalarType::Half:
-        values[i] = static_cast<const torch::headeronly::Half*>(data)[i * stride];
-        break;
-      default:
-        values[i] = static_cast<const torch::headeronly::BFloat16*>(data)[i * stride];
-    }
-  }
+  with_value_type(t, [&]<class T>(std::type_identity<T>) {
+    const T* from = static_cast<const T*>(t.const_data_ptr());
+    const int64_t stride = t.stride(0);
+    for (size_t i = 0; i < values.size(); ++i) values[i] = from[i * stride];
+  });
   return values;
 }
 
@@ -138,22 +142,11 @@ inline Values read_values(const OptionalTensor& t, int64_t size, double absent) 
 }
 
 inline void write_values(const Values& values, Tensor& t) {
-  for (size_t i = 0; i < values.size(); ++i) {
-    const int64_t at = i * t.stride(0);
-    switch (t.scalar_type()) {
-      case ScalarType::Double:
-        static_cast<double*>(t.mutable_data_ptr())[at] = values[i];
-        break;
-      case ScalarType::Float:
-        static_cast<float*>(t.mutable_data_ptr())[at] = static_cast<float>(values[i]);
-        break;
-      case ScalarType::Half:
-        static_cast<torch::headeronly::Half*>(t.mutable_data_ptr())[at] = static_cast<float>(values[i]);
-        break;
-      default:
-        static_cast<torch::headeronly::BFloat16*>(t.mutable_data_ptr())[at] = static_cast<float>(values[i]);
-    }
-  }
+  with_value_type(t, [&]<class T>(std::type_identity<T>) {
+    T* to = static_cast<T*>(t.mutable_data_ptr());
+    const int64_t stride = t.stride(0);
+    for (size_t i = 0; i < values.size(); ++i) to[i * stride] = static_cast<T>(values[i]);
+  });
 }
 
 // Several [C] arrays in the accumulation type, as kernels read them.
