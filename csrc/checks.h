@@ -269,14 +269,20 @@ void for_each_sub_map(const Form& form, const Body& body) {
 
 // -- Maps as kernels read them -----------------------------------------------------------------------------------------
 
-inline Map map_of(const Tensor& like, const Shape& shape, Layout layout) {
-  const ScalarType dtype = like.scalar_type();
-  return {shape, layout,
-          dtype == ScalarType::Float      ? DType::kFloat32
-          : dtype == ScalarType::BFloat16 ? DType::kBFloat16
-          : dtype == ScalarType::Half     ? DType::kFloat16
-                                          : DType::kFloat64};
+inline DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      return DType::kFloat64;
+  }
 }
+
+inline Map map_of(const Tensor& like, const Shape& shape, Layout layout) { return {shape, layout, dtype_of(like)}; }
 
 inline Map map_of(const Tensor& z, Layout layout) { return map_of(z, shape_of(z), layout); }
 

@@ -42,6 +42,10 @@ inline Shape convolution_shape(const Tensor& input, const Tensor& weight, const 
   return {input.size(0), weight.size(0), out[0], out[1]};
 }
 
+inline Tensor weight_as(const Tensor& weight, ScalarType dtype) {
+  return weight.scalar_type() == dtype ? weight : torch::stable::to(weight, dtype);
+}
+
 inline Tensor convolution(const Tensor& input, const Tensor& weight, const Ints& stride, const Ints& padding,
                           const Ints& dilation, int64_t groups, const OptionalTensor& bias = {}) {
   using torch::headeronly::IntHeaderOnlyArrayRef;
@@ -99,11 +103,9 @@ inline void check_convolution_backward(const Tensor& z, const Tensor& input, con
 inline std::tuple<Tensor, Tensor> convolution_gradients(const Tensor& dz, const Tensor& input, const Tensor& weight,
                                                         const Ints& stride, const Ints& padding, const Ints& dilation,
                                                         int64_t groups, bool needs_input, bool needs_weight) {
-  const bool same_dtype = weight.scalar_type() == dz.scalar_type();
-  const Tensor w = same_dtype ? weight : torch::stable::to(weight, dz.scalar_type());
-  auto [grad_input, grad_weight] =
-      convolution_backward(dz, input, w, stride, padding, dilation, groups, needs_input, needs_weight);
-  if (needs_weight && (!same_dtype || grad_weight.strides() != weight.strides())) {
+  auto [grad_input, grad_weight] = convolution_backward(dz, input, weight_as(weight, dz.scalar_type()), stride, padding,
+                                                        dilation, groups, needs_input, needs_weight);
+  if (needs_weight && (weight.scalar_type() != dz.scalar_type() || grad_weight.strides() != weight.strides())) {
     Tensor matching = torch::stable::empty_like(weight);
     torch::stable::copy_(matching, grad_weight);
     grad_weight = matching;

@@ -161,15 +161,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_moments(
           given ? torch::stable::clone(normalization.var) : var};
 }
 
-Tensor typed_weight(const Tensor& conv_weight, const Tensor& input) {
-  return conv_weight.scalar_type() == input.scalar_type() ? conv_weight
-                                                          : torch::stable::to(conv_weight, input.scalar_type());
-}
-
 // The convolution, of shape s, and its statistics.
 ConvolutionResult convolve(const Tensor& input, const Tensor& conv_weight, const Shape& s, const Ints& stride,
                            const Ints& padding, const Ints& dilation, int64_t groups, const Device& device) {
-  const Tensor w = typed_weight(conv_weight, input);
+  const Tensor w = weight_as(conv_weight, input.scalar_type());
   const auto by_library = [&]() -> ConvolutionResult {
     const Tensor z = convolution(input, w, stride, padding, dilation, groups);
     const auto [mean, var] = statistics(z, layout_of(z), device);
@@ -195,12 +190,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_m
   check_channels("conv_bias", conv_bias, input, s.c);
   check_normalization(input, s, weight, bias, given_mean, given_var, form);
   const Device device(input);
-  auto [z, mean, var] =
-      given_mean.has_value()
-          ? ConvolutionResult(convolution(input, typed_weight(conv_weight, input), stride, padding, dilation, groups),
-                              torch::stable::clone(channel_values(*given_mean, input)),
-                              torch::stable::clone(channel_values(*given_var, input)))
-          : convolve(input, conv_weight, s, stride, padding, dilation, groups, device);
+  auto [z, mean, var] = given_mean.has_value()
+                            ? ConvolutionResult(convolution(input, weight_as(conv_weight, input.scalar_type()), stride,
+                                                            padding, dilation, groups),
+                                                torch::stable::clone(channel_values(*given_mean, input)),
+                                                torch::stable::clone(channel_values(*given_var, input)))
+                            : convolve(input, conv_weight, s, stride, padding, dilation, groups, device);
   const Layout layout = layout_of(z);
   // The convolution's bias shifts z and its mean alike, so it is never added: only a given mean must lose it.
   if (given_mean.has_value() && conv_bias.has_value())
@@ -257,7 +252,7 @@ Tensor conv_bn_act_inference(Tensor input, Tensor conv_weight, OptionalTensor co
   const ScalarType dtype = input.scalar_type();
   const bool foldable = conv_weight.scalar_type() == dtype ||
                         (conv_weight.scalar_type() == ScalarType::Float && dtype != ScalarType::Double);
-  const Tensor typed = foldable ? conv_weight : torch::stable::to(conv_weight, dtype);
+  const Tensor typed = foldable ? conv_weight : weight_as(conv_weight, dtype);
   const bool dense = is_dense(typed, Layout::kChannelsLast) || is_dense(typed, Layout::kContiguous);
   const Tensor plain = dense ? typed : torch::stable::contiguous(typed);
   const Normalization normalization(input, mean, var, weight, bias, form);

@@ -229,13 +229,34 @@ bool convolves_by_tiles(const Tensor& input, const Tensor& w, const Shape& s, co
                            window_of(w, stride, padding, dilation));
 }
 
+// Convolution of a small map by this package's own kernel; nothing where the library's is faster.
+OptionalTensor dot_convolution(const Tensor& input, const Tensor& conv_weight, const Shape& s, const Ints& stride,
+                               const Ints& padding, const Ints& dilation, int64_t groups) {
+  if (groups != 1 || !is_nested_channels_last(input)) return {};
+  DotParams p{};
+  p.map = map_of(input, s, Layout::kChannelsLast);
+  p.z_strides = dense_strides(s, Layout::kChannelsLast);
+  p.x = input.const_data_ptr();
+  p.x_shape = shape_of(input);
+  p.x_strides = strides_of(input);
+  p.window = window_of(conv_weight, stride, padding, dilation);
+  p.w = conv_weight.const_data_ptr();
+  p.w_dtype = dtype_of(conv_weight);
+  p.w_strides = strides_of(conv_weight);
+  if (!cpu::has_dot_convolution(p)) return {};
+  Tensor z = allocate_map(input, s, Layout::kChannelsLast);
+  p.z = z.mutable_data_ptr();
+  cpu::dot_convolution(p, parallel_for);
+  return z;
+}
+
 // The convolution, of shape s and in a layout that the kernels read, and its statistics where they are asked for.
 std::pair<Tensor, Statistics> convolve(const Tensor& input, const Tensor& conv_weight, const Shape& s,
                                        const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups,
                                        bool needs_statistics) {
-  const Tensor w = conv_weight.scalar_type() == input.scalar_type()
-                       ? conv_weight
-                       : torch::stable::to(conv_weight, input.scalar_type());
+  if (const OptionalTensor z = dot_convolution(input, conv_weight, s, stride, padding, dilation, groups))
+    return {*z, needs_statistics ? batch_statistics(*z, Layout::kChannelsLast) : Statistics{}};
+  const Tensor w = weight_as(conv_weight, input.scalar_type());
   const int64_t pieces = convolution_pieces(s, w, input.element_size());
   Statistics statistics;
   OptionalTensor z;
@@ -311,14 +332,12 @@ Tensor conv_bn_act_inference(Tensor input, Tensor conv_weight, OptionalTensor co
   Values shifted = read_values(mean);
   const Values shift = read_values(conv_bias, s.c, 0.0), variance = read_values(var);
   for (int64_t c = 0; c < s.c; ++c) shifted[c] -= shift[c];
-  const Tensor w = conv_weight.scalar_type() == input.scalar_type()
-                       ? conv_weight
-                       : torch::stable::to(conv_weight, input.scalar_type());
   const bool in_place = downsample == "none";
   const int64_t pieces =
-      in_place && !seed.has_value() && !convolves_by_tiles(input, w, s, stride, padding, dilation, groups)
-          ? convolution_pieces(s, w, input.element_size())
+      in_place && !seed.has_value() && !convolves_by_tiles(input, conv_weight, s, stride, padding, dilation, groups)
+          ? convolution_pieces(s, conv_weight, input.element_size())
           : 1;
+  const Tensor w = pieces > 1 ? weight_as(conv_weight, input.scalar_type()) : conv_weight;
   OptionalTensor y;
   for (int64_t i = 0; i < pieces; ++i) {
     const int64_t first = s.n * i / pieces, last = s.n * (i + 1) / pieces;
@@ -535,8 +554,7 @@ std::optional<Tensor> winograd_input_gradient(const Tensor& dz, const Tensor& in
   if (!channels_last || turned.padding_h < 0 || turned.padding_w < 0 || !is_nested_channels_last(dz) ||
       !cpu::has_winograd(map_of(dz, shape_of(input), Layout::kChannelsLast), shape_of(dz), strides_of(dz), turned))
     return std::nullopt;
-  const Tensor w =
-      conv_weight.scalar_type() == dz.scalar_type() ? conv_weight : torch::stable::to(conv_weight, dz.scalar_type());
+  const Tensor w = weight_as(conv_weight, dz.scalar_type());
   const Strides s = strides_of(w);
   const int64_t last = (window.kernel_h - 1) * s.h + (window.kernel_w - 1) * s.w;
   Tensor gradient = allocate_map(dz, shape_of(input), Layout::kChannelsLast);

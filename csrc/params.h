@@ -199,4 +199,28 @@ struct WinogradParams {
   void* block_m2;
 };
 
+constexpr int64_t kDotPixels = 6;  // at most, whose sums with some output channels are in registers at a time
+
+// What one tap of the kernel adds to a group of pixels.
+struct DotTap {
+  int64_t weights;            // elements from the weights of the first tap to those of this one
+  const void* x[kDotPixels];  // first channels; of zeros where the tap is outside of x
+};
+
+// Convolution z of x without groups, channels_last, by dot products over the input channels.
+struct DotParams {
+  Map map;  // of z
+  void* z;
+  Strides z_strides;
+  const void* x;  // in the dtype of z
+  Shape x_shape;
+  Strides x_strides;
+  Window window;
+  const void* w;  // [C_out, C_in, kernel_h, kernel_w], input channels innermost
+  DType w_dtype;  // of z, or float32
+  Strides w_strides;
+  const DotTap* taps;  // of each group of pixels, those that reach x first
+  const int64_t* tap_counts;
+};
+
 }  // namespace layerwise

@@ -6,6 +6,7 @@
 #include "kernels.h"
 
 #include "blocks.h"
+#include "dot_convolution.h"
 #include "extended.h"
 #include "input_gradient.h"
 #include "kernel_common.h"
@@ -404,11 +405,11 @@ constexpr bool kPairs = false;
 #endif
 
 #if defined(__AVX512F__)
-extern const Kernels kernels = {statistics,       apply,    dense_sums,      cell_sums, input_gradient,
-                                winograd_weights, winograd, weight_gradient, kPairs};
+extern const Kernels kernels = {statistics,       apply,    dense_sums,      cell_sums,       input_gradient,
+                                winograd_weights, winograd, weight_gradient, dot_convolution, kPairs};
 #else
 extern const Kernels kernels = {statistics, apply,   dense_sums, cell_sums, input_gradient,
-                                nullptr,    nullptr, nullptr,    kPairs};
+                                nullptr,    nullptr, nullptr,    nullptr,   kPairs};
 #endif
 
 }  // namespace layerwise::cpu::LAYERWISE_ISA

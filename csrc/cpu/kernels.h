@@ -18,6 +18,7 @@ struct Kernels {
   void (*winograd)(const WinogradParams&, int64_t begin, int64_t end, void* scratch);        // groups of tiles
   // Writes dw, [kernel_h, kernel_w, C_in, block], for one chunk of the samples and one block of output channels.
   void (*weight_gradient)(const WeightGradientParams&, int64_t chunk, int64_t block, float* dw, void* scratch);
+  void (*dot_convolution)(const DotParams&, int64_t begin, int64_t end, void* scratch);  // fours of output channels
   bool pairs;  // whether it multiplies pairs of bfloat16
 };
 

@@ -5,6 +5,7 @@
 
 #include "blocks.h"
 #include "dispatch.h"
+#include "dot_plan.h"
 #include "memory.h"
 #include "winograd_plan.h"
 
@@ -13,6 +14,7 @@ namespace {
 
 // Below this many elements a second thread costs more than it saves.
 constexpr int64_t kGrainElements = 16 * 1024;
+constexpr int64_t kGrainProducts = 16 * kGrainElements;  // the same for multiplications
 
 int64_t grain(const Map& map, int64_t tasks) {
   const int64_t elements = map.shape.n * map.shape.c * map.shape.h * map.shape.w;
@@ -167,6 +169,27 @@ void winograd(WinogradParams p, BatchStatistics* statistics, const ParallelFor& 
       statistics->add_block(std::min(run.last - pixel, kBlockLength), block, block + size, block + 2 * size);
     }
   }
+}
+
+bool has_dot_convolution(const DotParams& p) {
+  if (kernels().dot_convolution == nullptr || (p.map.dtype == DType::kBFloat16 && !kernels().pairs)) return false;
+  return dot_applies(p);
+}
+
+void dot_convolution(DotParams p, const ParallelFor& parallel_for) {
+  const DotPlan plan = dot_plan(p);
+  std::vector<float> zeros(p.x_shape.c);
+  std::vector<DotTap> taps(plan.groups * plan.taps);
+  std::vector<int64_t> counts(plan.groups);
+  for (int64_t i = 0; i < plan.groups; ++i) counts[i] = dot_taps(p, plan, i, zeros.data(), &taps[i * plan.taps]);
+  p.taps = taps.data();
+  p.tap_counts = counts.data();
+  const int64_t products = plan.pixels * plan.taps * p.x_shape.c * kDotOutputs;
+  parallel_for(p.map.shape.c / kDotOutputs, std::max<int64_t>(1, kGrainProducts / products),
+               [&](int64_t begin, int64_t end) {
+                 Scratch scratch(dot_scratch(p));
+                 kernels().dot_convolution(p, begin, end, scratch.data());
+               });
 }
 
 bool has_weight_gradient(const Map& dz, const Shape& x_shape, const Strides& x_strides, const Window& window) {

@@ -45,6 +45,11 @@ bool has_winograd(const Map& z, const Shape& x_shape, const Strides& x_strides, 
 // Writes z, and its statistics where asked for.  Channels, weights and blocks of p are set here.
 void winograd(WinogradParams p, BatchStatistics* statistics, const ParallelFor& parallel_for);
 
+// Whether the kernels in use convolve this by dot products and gain by it: few pixels, channels innermost in x and in the
+// weights.  The taps of p are set by dot_convolution.
+bool has_dot_convolution(const DotParams& p);
+void dot_convolution(DotParams p, const ParallelFor& parallel_for);
+
 // Whether the kernels in use can do it and gain by it: channels_last with enough channels, AVX-512.
 bool has_weight_gradient(const Map& dz, const Shape& x_shape, const Strides& x_strides, const Window& window);
 
