@@ -207,13 +207,13 @@ def kernel_runs(dtype: torch.dtype) -> tuple[int, dict[str, tuple[float, Callabl
     dense_gradient = (z, grad_y, None, None, zero, zero, *normalization, 1e6, False)
     return z.numel() * z.element_size(), {
         "statistics": (1, lambda: operators.batch_norm_statistics(z)),
-        "apply, m1": (2, lambda: operators.bn_act_moments(z, *given, *form, False)),
-        "apply, m1 and m2": (2, lambda: operators.bn_act_moments(z, *given, *form, True)),
+        "apply, m1": (2, lambda: operators.bn_act_moments(z, *given, *form, False, True)),
+        "apply, m1 and m2": (2, lambda: operators.bn_act_moments(z, *given, *form, True, True)),
         "input gradient": (2, lambda: operators.bn_act_moments_backward(*gradient)),
         "dense sums": (2, lambda: operators.bn_act_moments_backward_sums(*dense_sums)),
         "input gradient, dense": (3, lambda: operators.bn_act_moments_backward(*dense_gradient)),
-        "apply, residual": (3, lambda: operators.bn_act_moments(z, *given, *added, False)),
-        "apply, max 2x2": (1.25, lambda: operators.bn_act_moments(z, *given, *pooled, False)),
+        "apply, residual": (3, lambda: operators.bn_act_moments(z, *given, *added, False, True)),
+        "apply, max 2x2": (1.25, lambda: operators.bn_act_moments(z, *given, *pooled, False, True)),
         "input gradient, dense, residual": (
             5,
             lambda: operators.bn_act_moments_backward(*dense_gradient[:10], *added, 1e6, True),

@@ -91,10 +91,10 @@ class PlainStage(nn.Module):
 
     def __init__(self, stage: lw.nn.LocalStage) -> None:
         super().__init__()
-        pool, layer = stage.body if isinstance(stage.body, nn.Sequential) else (None, stage.body)
+        layer = stage.body
         assert isinstance(layer, lw.nn.ConvBNReLU2d)
         conv, bn, act = copy.deepcopy(layer).to_modules()
-        layers: list[nn.Module] = [nn.MaxPool2d(2)] if pool is not None else []
+        layers: list[nn.Module] = []
         if conv.padding == (0, 0):  # its kernel covers the map: the paper's fully connected layer
             dense_bn = nn.BatchNorm1d(bn.num_features)
             dense_bn.load_state_dict(bn.state_dict())
@@ -102,13 +102,14 @@ class PlainStage(nn.Module):
         else:
             layers += [conv, bn, act]
         self.body = nn.Sequential(*layers)
+        self.pool = nn.Identity() if stage.downsample is None else nn.MaxPool2d(2)
         assert isinstance(stage.head, lw.nn.ClassifierHead)
         self.head = PlainHead(stage.head)
 
     def forward(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """x [N, C_in, H, W], target [N] -> features (detached), loss []."""
         y = self.body(x)
-        return y.detach(), self.head(y, target)
+        return self.pool(y.detach()), self.head(y, target)
 
 
 class PlainJoint(nn.Module):
@@ -116,7 +117,7 @@ class PlainJoint(nn.Module):
 
     def __init__(self, stages: list[PlainStage]) -> None:
         super().__init__()
-        self.bodies = nn.Sequential(*(stage.body for stage in stages))
+        self.bodies = nn.Sequential(*(nn.Sequential(stage.body, stage.pool) for stage in stages))
         self.linear = stages[-1].head.linear
 
     def forward(self, images: Tensor, target: Tensor) -> Tensor:

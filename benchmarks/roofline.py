@@ -41,7 +41,7 @@ def passes(shape: Sequence[int], dtype: torch.dtype) -> dict[str, tuple[float, C
     pooled, gelu = Form(bins=BINS, downsample="max", window=[2, 2]), Form(bins=BINS, activation="gelu")
 
     def apply(form: Form) -> Callable[[], Any]:
-        return lambda: operators.bn_act_moments(z, one, zero, zero, one, *form, False)
+        return lambda: operators.bn_act_moments(z, one, zero, zero, one, *form, False, True)
 
     def sums_of(form: Form, grad: torch.Tensor) -> Callable[[], Any]:
         return lambda: operators.bn_act_moments_backward_sums(z, grad, None, None, sums, *normal, *form)

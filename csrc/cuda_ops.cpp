@@ -92,7 +92,7 @@ std::tuple<Tensor, Tensor> statistics(const Tensor& z, Layout layout, const Devi
 
 using Moments = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // y, m1, m2, sums; the last three empty without bins
 
-Moments apply(const Tensor& z, Layout layout, const Normalization& normalization, bool second_moment,
+Moments apply(const Tensor& z, Layout layout, const Normalization& normalization, bool second_moment, bool needs_y,
               const Device& device) {
   const Form& form = normalization.form;
   const Shape s = shape_of(z), out = output_shape(s, form);
@@ -100,7 +100,7 @@ Moments apply(const Tensor& z, Layout layout, const Normalization& normalization
   const Ints cells = cells_or_rows(form, s);
   const Shape none{0, out.c, 1, 1};
   const Shape moments = form.bins.empty() ? none : Shape{out.n, out.c, form.bins[0], form.bins[1]};
-  Tensor y = empty_map(z, out, layout, z.scalar_type());
+  Tensor y = empty_map(z, needs_y ? out : none, layout, z.scalar_type());
   Tensor m1 = empty_map(z, moments, layout, accumulation);
   Tensor m2 = empty_map(z, second_moment ? moments : none, layout, accumulation);
   Tensor sums = empty_vector(z, sum_kinds(form, second_moment) * m1.numel(), accumulation);
@@ -110,7 +110,7 @@ Moments apply(const Tensor& z, Layout layout, const Normalization& normalization
   whole.bins_w = cells[1];
   whole.z = z.const_data_ptr();
   whole.z_strides = strides_of(z);
-  whole.y = y.mutable_data_ptr();
+  whole.y = needs_y ? y.mutable_data_ptr() : nullptr;
   whole.y_strides = strides_of(y);
   whole.norm = normalization.params();
   if (!form.bins.empty()) {
@@ -142,7 +142,7 @@ std::tuple<Tensor, Tensor> batch_norm_statistics(Tensor z) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_moments(
     Tensor z, OptionalTensor weight, OptionalTensor bias, OptionalTensor given_mean, OptionalTensor given_var,
-    LAYERWISE_FORM_PARAMETERS, bool second_moment) {
+    LAYERWISE_FORM_PARAMETERS, bool second_moment, bool needs_y) {
   const Form form = LAYERWISE_FORM;
   check_map("z", z, kHalf);
   check_normalization(z, shape_of(z), weight, bias, given_mean, given_var, form);
@@ -150,7 +150,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_moments(
   const Layout layout = layout_of(z);
   const auto [mean, var] = given_mean.has_value() ? std::tuple(*given_mean, *given_var) : statistics(z, layout, device);
   const Normalization normalization(z, mean, var, weight, bias, form);
-  auto [y, m1, m2, sums] = apply(z, layout, normalization, second_moment, device);
+  auto [y, m1, m2, sums] = apply(z, layout, normalization, second_moment, needs_y, device);
   // An output must not share memory with an input.
   const bool given = given_mean.has_value();
   return {y,
@@ -183,7 +183,7 @@ std::tuple<Tensor, Tensor, Tensor> convolution_statistics(Tensor input, Tensor c
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_moments(
     Tensor input, Tensor conv_weight, OptionalTensor conv_bias, OptionalTensor weight, OptionalTensor bias,
     OptionalTensor given_mean, OptionalTensor given_var, Ints stride, Ints padding, Ints dilation, int64_t groups,
-    LAYERWISE_FORM_PARAMETERS, bool second_moment) {
+    LAYERWISE_FORM_PARAMETERS, bool second_moment, bool needs_y) {
   const Form form = LAYERWISE_FORM;
   check_map("input", input, kHalf);
   const Shape s = convolution_shape(input, conv_weight, stride, padding, dilation, groups);
@@ -201,7 +201,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_m
   if (given_mean.has_value() && conv_bias.has_value())
     mean = torch::stable::subtract(mean, channel_values(*conv_bias, z));
   const Normalization normalization(z, mean, var, weight, bias, form);
-  auto [y, m1, m2, sums] = apply(z, layout, normalization, second_moment, device);
+  auto [y, m1, m2, sums] = apply(z, layout, normalization, second_moment, needs_y, device);
   return {y, m1, m2, sums, mean, var, z};
 }
 

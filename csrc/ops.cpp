@@ -77,18 +77,19 @@ struct Normalization {
   Channels channels() { return {arrays.add(mean), arrays.add(rstd), arrays.add(gamma), arrays.add(beta)}; }
 };
 
-// Large maps come from the pool of memory.h.
-Tensor allocate_map(const Tensor& like, const Shape& s, Layout layout) {
-  const int64_t bytes = s.n * s.c * s.h * s.w * like.element_size();
+// Uninitialised and dense under its strides.  What is large comes from the pool of memory.h.
+Tensor allocate(const Tensor& like, const Shape& s, const Strides& d, ScalarType dtype) {
+  const Ints size{s.n, s.c, s.h, s.w}, strides{d.n, d.c, d.h, d.w};
 #if !defined(__SANITIZE_ADDRESS__)  // the sanitizer sees overruns only in memory of its own allocator
-  if (bytes >= cpu::kPooledBytes) {
-    const Strides d = dense_strides(s, layout);
-    const Ints size{s.n, s.c, s.h, s.w}, strides{d.n, d.c, d.h, d.w};
-    return torch::stable::from_blob(cpu::acquire(bytes), size, strides, like.device(), like.scalar_type(),
-                                    &cpu::release);
-  }
+  const int64_t bytes = s.n * s.c * s.h * s.w * (dtype == like.scalar_type() ? like.element_size() : 4);
+  if (bytes >= cpu::kPooledBytes)
+    return torch::stable::from_blob(cpu::acquire(bytes), size, strides, like.device(), dtype, &cpu::release);
 #endif
-  return empty_map(like, s, layout, like.scalar_type());
+  return empty_strided(like, size, strides, dtype);
+}
+
+Tensor allocate_map(const Tensor& like, const Shape& s, Layout layout) {
+  return allocate(like, s, dense_strides(s, layout), like.scalar_type());
 }
 
 struct Statistics {
@@ -121,13 +122,13 @@ using Moments = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // y, m1, m2, sums;
 
 // z is read in `layout`; the results have that of `target`, but for a given y, whose memory may be that of z.
 Moments apply(const Tensor& z, Layout layout, Layout target, Normalization& normalization, const Form& form,
-              bool second_moment, const OptionalTensor& given_y = {}) {
+              bool second_moment, bool needs_y, const OptionalTensor& given_y = {}) {
   const Shape s = shape_of(z), out = output_shape(s, form);
   const ScalarType accumulation = accumulation_type(z.scalar_type());
   const Ints cells = cells_or_rows(form, s);
   const Shape none{0, out.c, 1, 1};
   const Shape moments = form.bins.empty() ? none : Shape{out.n, out.c, form.bins[0], form.bins[1]};
-  Tensor y = given_y.has_value() ? *given_y : allocate_map(z, out, layout);
+  Tensor y = given_y.has_value() ? *given_y : allocate_map(z, needs_y ? out : none, layout);
   Tensor m1 = empty_map(z, moments, layout, accumulation);
   Tensor m2 = empty_map(z, second_moment ? moments : none, layout, accumulation);
   Tensor sums = empty_vector(z, sum_kinds(form, second_moment) * m1.numel(), accumulation);
@@ -138,7 +139,7 @@ Moments apply(const Tensor& z, Layout layout, Layout target, Normalization& norm
   whole.bins_w = cells[1];
   whole.z = z.const_data_ptr();
   whole.z_strides = strides_of(z);
-  whole.y = y.mutable_data_ptr();
+  whole.y = needs_y ? y.mutable_data_ptr() : nullptr;
   whole.y_strides = strides_of(y);
   whole.channels = normalization.channels();
   whole.activation = normalization.activation;
@@ -185,7 +186,7 @@ std::tuple<Tensor, Tensor> batch_norm_statistics(Tensor z) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_moments(Tensor z, OptionalTensor weight,
                                                                           OptionalTensor bias, OptionalTensor mean,
                                                                           OptionalTensor var, LAYERWISE_FORM_PARAMETERS,
-                                                                          bool second_moment) {
+                                                                          bool second_moment, bool needs_y) {
   const Form form = LAYERWISE_FORM;
   check_map("z", z, kHalf);
   check_normalization(z, shape_of(z), weight, bias, mean, var, form);
@@ -194,7 +195,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_moments(Tensor
   const Statistics s =
       mean.has_value() ? Statistics{read_values(*mean), read_values(*var)} : batch_statistics(map, layout);
   Normalization normalization(map, layout, s.mean, s.var, weight, bias, form);
-  auto [y, m1, m2, sums] = apply(map, layout, result_layout(z), normalization, form, second_moment);
+  auto [y, m1, m2, sums] = apply(map, layout, result_layout(z), normalization, form, second_moment, needs_y);
   return {y, m1, m2, sums, channel_tensor(z, s.mean), channel_tensor(z, s.var)};
 }
 
@@ -298,7 +299,7 @@ std::tuple<Tensor, Tensor, Tensor> convolution_statistics(Tensor input, Tensor c
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_moments(
     Tensor input, Tensor conv_weight, OptionalTensor conv_bias, OptionalTensor weight, OptionalTensor bias,
     OptionalTensor mean, OptionalTensor var, Ints stride, Ints padding, Ints dilation, int64_t groups,
-    LAYERWISE_FORM_PARAMETERS, bool second_moment) {
+    LAYERWISE_FORM_PARAMETERS, bool second_moment, bool needs_y) {
   const Form form = LAYERWISE_FORM;
   check_map("input", input, kHalf);
   const Shape s = convolution_shape(input, conv_weight, stride, padding, dilation, groups);
@@ -316,7 +317,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_m
   const Layout layout = result_layout(map);
   const auto [cut, cut_layout] = readable_windows(map, form);
   Normalization normalization(cut, cut_layout, statistics.mean, statistics.var, weight, bias, form);
-  auto [y, m1, m2, sums] = apply(cut, cut_layout, layout, normalization, form, second_moment);
+  auto [y, m1, m2, sums] = apply(cut, cut_layout, layout, normalization, form, second_moment, needs_y);
   return {y, m1, m2, sums, channel_tensor(map, statistics.mean), channel_tensor(map, statistics.var), map};
 }
 
@@ -351,10 +352,10 @@ Tensor conv_bn_act_inference(Tensor input, Tensor conv_weight, OptionalTensor co
     Normalization normalization(cut, cut_layout, shifted, variance, weight, bias, part);
     if (pieces > 1) {
       if (!y.has_value()) y = allocate_map(input, s, layout);
-      apply(cut, cut_layout, layout, normalization, part, false, samples(*y, first, last));
+      apply(cut, cut_layout, layout, normalization, part, false, true, samples(*y, first, last));
     } else {
-      y = std::get<0>(
-          apply(cut, cut_layout, layout, normalization, part, false, in_place ? OptionalTensor(cut) : std::nullopt));
+      y = std::get<0>(apply(cut, cut_layout, layout, normalization, part, false, true,
+                            in_place ? OptionalTensor(cut) : std::nullopt));
     }
   }
   return *y;
@@ -527,6 +528,15 @@ std::tuple<Tensor, Tensor> bn_act_moments_backward(Tensor z, OptionalTensor grad
   return {result(dz), grad_residual.has_value() ? result(*grad_residual) : none};
 }
 
+// Uninitialised, float32, with the strides of the weight where it is dense under them.  Gradients stay until the optimizer
+// has run, while activations come and go: these leave room for them.
+Tensor empty_weight_gradient(const Tensor& weight) {
+  if (is_dense(weight, Layout::kChannelsLast) || is_dense(weight, Layout::kContiguous))
+    return allocate(weight, shape_of(weight), strides_of(weight), ScalarType::Float);
+  const Tensor like = torch::stable::empty_like(weight);
+  return like.scalar_type() == ScalarType::Float ? like : torch::stable::to(like, ScalarType::Float);
+}
+
 // The weight gradient with dz formed inside it and never written.
 Tensor fused_weight_gradient(GradientInputs& gradient, const Tensor& input, const Tensor& conv_weight,
                              const Ints& stride, const Ints& padding, const Ints& dilation) {
@@ -536,8 +546,7 @@ Tensor fused_weight_gradient(GradientInputs& gradient, const Tensor& input, cons
   p.x_shape = shape_of(input);
   p.x_strides = strides_of(input);
   p.window = window_of(conv_weight, stride, padding, dilation);
-  Tensor dw = torch::stable::empty_like(conv_weight);
-  if (dw.scalar_type() != ScalarType::Float) dw = torch::stable::to(dw, ScalarType::Float);
+  Tensor dw = empty_weight_gradient(conv_weight);
   cpu::weight_gradient(p, static_cast<float*>(dw.mutable_data_ptr()), strides_of(dw), parallel_for);
   return dw.scalar_type() == conv_weight.scalar_type() ? dw : torch::stable::to(dw, conv_weight.scalar_type());
 }

@@ -102,7 +102,7 @@ struct ApplyParams {
   int64_t bins_h, bins_w;
   const void* z;
   Strides z_strides;
-  void* y;
+  void* y;  // or null: not wanted
   Strides y_strides;
   Channels channels;
   Activation activation;

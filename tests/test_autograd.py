@@ -68,14 +68,33 @@ def _arguments() -> dict[str, tuple[Any, ...]]:
     without = (None, None)  # no running statistics
     form = Form(bins=[2, 3])
     convolution = ([1, 1], [1, 1], [1, 1], 1)
-    _, m1, m2, sums, mean, var = operators.bn_act_moments(z, gamma, beta, None, None, *form, True)
+    _, m1, m2, sums, mean, var = operators.bn_act_moments(z, gamma, beta, None, None, *form, True, True)
     gradients = (torch.randn_like(z), torch.randn_like(m1), torch.randn_like(m2))
     dgamma, dbeta, _ = operators.bn_act_moments_backward_sums(z, *gradients, sums, mean, var, gamma, beta, *form)
     backward = (z, *gradients, dgamma, dbeta, mean, var, gamma, beta, *form, 60.0)
     return {
         "batch_norm_statistics": (z,),
-        "bn_act_moments": (z.clone().requires_grad_(), gamma.clone().requires_grad_(), beta, *without, *form, True),
-        "conv_bn_act_moments": (x, w.clone().requires_grad_(), None, gamma, beta, *without, *convolution, *form, False),
+        "bn_act_moments": (
+            z.clone().requires_grad_(),
+            gamma.clone().requires_grad_(),
+            beta,
+            *without,
+            *form,
+            True,
+            True,
+        ),
+        "conv_bn_act_moments": (
+            x,
+            w.clone().requires_grad_(),
+            None,
+            gamma,
+            beta,
+            *without,
+            *convolution,
+            *form,
+            False,
+            True,
+        ),
         "bn_act_moments_backward_sums": (z, *gradients, sums, mean, var, gamma, beta, *form),
         "bn_act_moments_backward": (*backward, False),
         "conv_bn_act_moments_backward": (*backward, x, w, *convolution, True, True, False, False),
@@ -108,9 +127,9 @@ def test_opcheck_of_extended_forms(form: Form, layout: torch.memory_format) -> N
         slope=None if slope is None else slope.clone().requires_grad_(), residual=residual.clone().requires_grad_()
     )
     gamma, beta = torch.rand(4), torch.randn(4)
-    moments = (z.clone().requires_grad_(), gamma, beta, None, None, *trained, bool(form.bins))
+    moments = (z.clone().requires_grad_(), gamma, beta, None, None, *trained, bool(form.bins), True)
     torch.library.opcheck(operators.bn_act_moments.default, moments)
-    y, m1, m2, sums, mean, var = operators.bn_act_moments(z, gamma, beta, None, None, *form, True)
+    y, m1, m2, sums, mean, var = operators.bn_act_moments(z, gamma, beta, None, None, *form, True, True)
     gradients = (torch.randn_like(y), *((torch.randn_like(m1), torch.randn_like(m2)) if form.bins else (None, None)))
     torch.library.opcheck(
         operators.bn_act_moments_backward_sums.default, (z, *gradients, sums, mean, var, gamma, beta, *form)
@@ -122,7 +141,7 @@ def test_opcheck_of_extended_forms(form: Form, layout: torch.memory_format) -> N
     convolution = ([1, 1], [1, 1], [1, 1], 1)
     torch.library.opcheck(
         operators.conv_bn_act_moments.default,
-        (x, w.clone().requires_grad_(), None, gamma, beta, None, None, *convolution, *trained, True),
+        (x, w.clone().requires_grad_(), None, gamma, beta, None, None, *convolution, *trained, True, not form.bins),
     )
     torch.library.opcheck(
         operators.conv_bn_act_inference.default, (x, w, None, gamma, beta, mean, var, *convolution, *form)
@@ -303,7 +322,7 @@ def test_sums_are_given_back_unless_somebody_holds_them(held: bool, monkeypatch:
     monkeypatch.setattr(_ops, "_is_last_reader", watch)
     monkeypatch.setattr(_ops, "_OWN_REFERENCES", _ops._OWN_REFERENCES + 1)  # that of watch
     stage = Stage()
-    form = ([1, 1], [1, 1], [1, 1], 1, *Form(bins=[2, 2]), True)
+    form = ([1, 1], [1, 1], [1, 1], 1, *Form(bins=[2, 2]), True, True)
     _, m1, _, sums, *_ = operators.conv_bn_act_moments(stage.x, stage.w, *([None] * 5), *form)
     before, view = sums.clone(), sums[5:] if held else None
     del sums

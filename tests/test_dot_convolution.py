@@ -58,7 +58,9 @@ def pair(value: Any) -> list[int]:
 
 def convolution(x: Tensor, weight: Tensor, stride: Any = 1, padding: Any = 0, dilation: Any = 1) -> Tensor:
     geometry = (pair(stride), pair(padding), pair(dilation), 1)
-    z = torch.ops.layerwise_ext.conv_bn_act_moments(x, weight, *([None] * 5), *geometry, *Form(bins=[1, 1]), False)[-1]
+    z = torch.ops.layerwise_ext.conv_bn_act_moments(
+        x, weight, *([None] * 5), *geometry, *Form(bins=[1, 1]), False, True
+    )[-1]
     assert isinstance(z, Tensor)
     return z
 

@@ -262,6 +262,56 @@ def test_random_slopes_are_uniform_and_follow_the_seed() -> None:
     )
 
 
+DETACHED = (("max", 2), ("max", (2, 3)), ("avg", 2), ("stride", (1, 2)), ("space_to_depth", 2))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "prelu", "gelu"])
+def test_detached_downsampling(activation: str, dtype: str, layout: str) -> None:
+    """Moments of the map before, and all that comes from them, as if the whole map had been written."""
+    g = torch.Generator().manual_seed(0)
+    x = quarters(3, 16, 10, 12, generator=g).to(DTYPES[dtype]).contiguous(memory_format=LAYOUTS[layout])
+    weight = quarters(19, 16, 3, 3, generator=g).to(DTYPES[dtype]).contiguous(memory_format=LAYOUTS[layout])
+    residual = quarters(3, 19, 10, 12, generator=g).to(x.dtype).contiguous(memory_format=LAYOUTS[layout])
+    accumulated = torch.promote_types(x.dtype, torch.float32)
+    gamma, beta, slope, p = (torch.rand(size, generator=g).to(accumulated) for size in (19, 19, 19, (3, 19, 4, 3)))
+    slope = slope if activation == "prelu" else None
+
+    def run(**options: Any) -> tuple[functional.ActivationMoments, list[Tensor], list[Tensor]]:
+        leaves = [None if t is None else t.clone().requires_grad_() for t in (x, weight, gamma, beta, slope, residual)]
+        running = [torch.zeros(19, dtype=accumulated), torch.ones(19, dtype=accumulated)]
+        moments = functional.conv_bn_act_moments(
+            leaves[0], leaves[1], None, *running, leaves[2], leaves[3], padding=1, training=True,
+            activation=activation, slope=leaves[4], residual=leaves[5], bins=(4, 3), **options,
+        )  # fmt: skip
+        loss = (moments.m1 * p + moments.m2 * p.square()).sum()
+        return moments, torch.autograd.grad(loss, [leaf for leaf in leaves if leaf is not None]), running
+
+    whole, gradients, running = run()
+    for mode, factor in DETACHED:
+        part, part_gradients, part_running = run(detached_downsample=(mode, factor))
+        assert not part.y.requires_grad
+        # From the statistics as they are stored; an average rounds once, not twice.
+        eps = torch.finfo(part.y.dtype).eps
+        expected_y = functional.downsample(whole.y.detach(), mode, factor)
+        torch.testing.assert_close(part.y, expected_y, rtol=4 * eps, atol=4 * eps, msg=mode)
+        assert torch.equal(part.m1, whole.m1) and torch.equal(part.m2, whole.m2)
+        for ours, expected in zip((*part_gradients, *part_running), (*gradients, *running), strict=True):
+            assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("options", [{"downsample": ("max", 2)}, {"activation": "rrelu"}], ids=["downsample", "rrelu"])
+def test_detached_downsampling_goes_alone(options: dict[str, Any]) -> None:
+    running = torch.zeros(4), torch.ones(4)
+    with pytest.raises(ValueError, match=r"detached_downsample=\('avg', 2\) goes with neither"):
+        functional.conv_bn_act_moments(
+            torch.ones(2, 3, 6, 6), torch.ones(4, 3, 1, 1), None, *running, training=True,
+            detached_downsample=("avg", 2), **options,
+        )  # fmt: skip
+    assert (running[0] == 0).all()
+
+
 @pytest.mark.parametrize(
     ("message", "error", "options"),
     [

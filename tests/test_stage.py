@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ def block(in_channels: int = 3, channels: int = 8) -> ConvBNReLU2d:
     return ConvBNReLU2d(in_channels, channels, 3, padding=1, dtype=torch.float64)
 
 
-def make_stage(body: nn.Module, channels: int = 8, **options: bool) -> LocalStage:
+def make_stage(body: nn.Module, channels: int = 8, **options: Any) -> LocalStage:
     return LocalStage(body, PooledLinearHead(channels, 5, bins=(2, 2), dtype=torch.float64), **options)
 
 
@@ -157,8 +158,8 @@ def test_evaluation_without_target_and_without_graph() -> None:
 
 
 def test_compiles_to_a_single_graph() -> None:
-    for body in (block(), nn.Sequential(nn.MaxPool2d(2), block())):
-        stage = make_stage(body)
+    for body, downsample in ((block(), None), (block(), ("max", 2)), (nn.Sequential(nn.MaxPool2d(2), block()), None)):
+        stage = make_stage(body, downsample=downsample)
         peer = copy.deepcopy(stage)
         x, target = data()
         torch.compiler.reset()
@@ -170,6 +171,61 @@ def test_compiles_to_a_single_graph() -> None:
         for mine, theirs in zip(stage.parameters(), peer.parameters(), strict=True):
             torch.testing.assert_close(mine.grad, theirs.grad, **TOLERANCE)
         torch.testing.assert_close(list(stage.buffers()), list(peer.buffers()), **TOLERANCE)
+
+
+class MapHead(LocalHead):
+    """Looks at the map itself."""
+
+    bins = (1, 1)
+    needs_map = True
+
+    def forward(self, moments: PooledMoments, target: torch.Tensor | None = None) -> HeadOutput:
+        return HeadOutput(None, moments.y.square().mean())
+
+
+DOWNSAMPLED = {
+    "layer": block,
+    "layer behind another": lambda: nn.Sequential(block(3, 4), block(4, 8)),
+    "random slopes": lambda: ConvBNReLU2d(3, 8, 3, padding=1, activation="rrelu", dtype=torch.float64),
+    "downsampling layer": lambda: ConvBNReLU2d(3, 8, 3, padding=1, downsample=("avg", 2), dtype=torch.float64),
+    "padding around": lambda: ConvBNReLU2d(3, 8, (3, 2), padding="same", padding_mode="reflect", dtype=torch.float64),
+    "plain": lambda: nn.Sequential(*block().to_modules()),
+}
+
+
+@pytest.mark.parametrize("head", ["moments", "map"])
+@pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize("name", DOWNSAMPLED)
+def test_downsampling_behind_the_head(name: str, detach: bool, head: str) -> None:
+    """The head sees the map before it, the next stage what is left of it."""
+    torch.manual_seed(0)
+    stage = make_stage(DOWNSAMPLED[name](), detach=detach, downsample=("max", 2))
+    if head == "map":
+        stage.head = MapHead()
+    peer = copy.deepcopy(stage)
+    peer.downsample = None
+    x, target = data(size=12)
+    outputs = []
+    for module in (stage, peer):
+        torch.manual_seed(1)
+        features, loss, logits = module(x, target)
+        loss.backward()
+        outputs.append((features, loss, logits, *(p.grad for p in module.parameters()), *module.buffers()))
+    (features, *rest), (whole, *expected) = outputs
+    assert features.requires_grad is not detach
+    torch.testing.assert_close(features, F.max_pool2d(whole, 2), rtol=0, atol=0)
+    torch.testing.assert_close(rest, expected, rtol=0, atol=0)
+    assert list(stage.state_dict()) == list(peer.state_dict())
+    stage.eval(), peer.eval()
+    with torch.no_grad():
+        for way in (stage.features(x), stage(x).features):
+            torch.testing.assert_close(way, F.max_pool2d(peer.features(x), 2), **TOLERANCE)
+
+
+@pytest.mark.parametrize("downsample", [("sum", 2), ("max", 0)])
+def test_downsampling_must_exist(downsample: tuple[str, int]) -> None:
+    with pytest.raises(ValueError, match="downsample"):
+        make_stage(block(), downsample=downsample)
 
 
 def test_heads_stay_outside_the_backbone() -> None:

@@ -115,7 +115,7 @@ def test_local_training_equals_isolated_plain_loops() -> None:
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
-            features = output  # computed before the update
+            features = output if peer.downsample is None else F.max_pool2d(output, 2)  # from before the update
         torch.testing.assert_close(result.loss, torch.stack(losses), **TOLERANCE)
     for stage, peer in zip(model, peers, strict=True):
         torch.testing.assert_close(dict(stage.state_dict()), dict(peer.state_dict()), **TOLERANCE)
@@ -197,7 +197,7 @@ def test_greedy_training_equals_a_plain_loop_on_frozen_features() -> None:
     optimizer = sgd(list(peer[1].parameters()))
     for images, target in loader():
         with torch.no_grad():
-            features = peer[0].body(images)
+            features = peer[0].features(images)
         optimizer.zero_grad()
         F.cross_entropy(peer[1].head.to_modules()(peer[1].body(features)), target).backward()
         optimizer.step()
@@ -355,12 +355,12 @@ def test_frozen_stages_run_once_per_stage_with_the_cache() -> None:
             calls[index] += 1
 
         # LocalStage reads a Sequential body child by child: the innermost layer sees every pass.
-        (stage.body if index != 1 else stage.body.block).register_forward_hook(count)
+        stage.body.register_forward_hook(count)
     trainer_for(GreedyTrainer, model).fit(loader(), 4)
     assert calls == [2 * 3, 3, 0]  # 3 batches: stage 0 for the caches of 1 and 2, stage 1 for that of 2
 
 
-@pytest.mark.parametrize("limit", [16 * 3 * 6 * 8 * 8 * 8 - 1, 16 * 3 * 6 * 8 * 8 * 8])
+@pytest.mark.parametrize("limit", [16 * 3 * 8 * 4 * 4 * 8 - 1, 16 * 3 * 8 * 4 * 4 * 8])
 def test_the_cache_limit_falls_back_with_a_warning(limit: int, caplog: pytest.LogCaptureFixture) -> None:
     trainer = trainer_for(GreedyTrainer, network(), cache_limit_bytes=limit)
     with caplog.at_level(logging.WARNING):
@@ -396,7 +396,7 @@ def test_a_cache_that_overflows_says_so() -> None:
 def test_evaluation_is_right_and_changes_nothing(kind: type[Trainer]) -> None:
     model = network()
     trainer = trainer_for(kind, model)
-    model[1].body.block.bn.eval()
+    model[1].body.bn.eval()
     before, modes = snapshot(model), [module.training for module in model.modules()]
     scores = trainer.evaluate(loader(batch_size=7))
     assert same(before, model.state_dict())
@@ -406,8 +406,9 @@ def test_evaluation_is_right_and_changes_nothing(kind: type[Trainer]) -> None:
     peer = copy.deepcopy(model).eval()
     features, losses, accuracies = images, [], []
     for stage in peer:
-        features = stage.features(features)
-        logits = stage.head.to_modules()(features)
+        output = stage.body(features)
+        logits = stage.head.to_modules()(output)
+        features = output if stage.downsample is None else F.max_pool2d(output, 2)
         losses.append(F.cross_entropy(logits, target).item())
         accuracies.append(float((logits.argmax(1) == target).double().mean()))
     reported = {LocalTrainer: [0, 1, 2], GreedyTrainer: [0], JointTrainer: [2]}[kind]
@@ -456,7 +457,7 @@ def test_bfloat16_autocast(kind: type[Trainer]) -> None:
     trainer = trainer_for(kind, model, autocast_dtype=torch.bfloat16)
     seen: set[torch.dtype] = set()
     # A joint step runs the bodies, the others run the stages.
-    model[1].body.block.register_forward_hook(lambda _, args, output: seen.add(output.dtype))
+    model[1].body.register_forward_hook(lambda _, args, output: seen.add(output.dtype))
     model[1].register_forward_hook(lambda _, args, output: seen.add(output.features.dtype))
     history = trainer.fit(data, 2, data)
     assert seen == {torch.bfloat16}

@@ -93,7 +93,7 @@ def test_it_is_not_the_library() -> None:
     """Otherwise the table would say nothing. bfloat16 differs in few places."""
     t = tensors(SHAPES["edges in both directions"], torch.float32)
     z = torch.ops.layerwise_ext.conv_bn_act_moments(
-        t["x"], t["conv_weight"], *([None] * 5), [1, 1], [1, 1], [1, 1], 1, *Form(bins=[1, 1]), True
+        t["x"], t["conv_weight"], *([None] * 5), [1, 1], [1, 1], [1, 1], 1, *Form(bins=[1, 1]), True, True
     )[-1]
     assert not torch.equal(z, F.conv2d(t["x"], t["conv_weight"], padding=1))
     torch.testing.assert_close(z, F.conv2d(t["x"], t["conv_weight"], padding=1))

@@ -259,7 +259,7 @@ void extended_apply_channels_last(const ApplyParams& p, int64_t begin, int64_t e
         for (int64_t h = p.m1 != nullptr ? h_begin : h_own; h < h_end; ++h) {
           for (int64_t w = w_begin; w < w_end; ++w) {
             const Unit<A> e = elements.pooled(h, w);
-            if (h >= h_own) put_apart(group, at<T>(p.y, p.y_strides, n, c, h, w), step, e.y);
+            if (h >= h_own && p.y != nullptr) put_apart(group, at<T>(p.y, p.y_strides, n, c, h, w), step, e.y);
             if (p.m1 != nullptr) sums.add(e, p.m2 != nullptr);
           }
         }
@@ -287,7 +287,7 @@ void extended_apply_contiguous(const ApplyParams& p, int64_t begin, int64_t end)
           rstd = elements.k.rstd[0];
           for (int64_t h = cell_begin(i, shape.h, p.bins_h); h < cell_end(i, shape.h, p.bins_h); ++h) {
             const Unit<A> e = elements.element(h, w_begin + w);
-            put_apart(group, at<T>(p.y, p.y_strides, n, c, h, w_begin + w), 1, e.y);
+            if (p.y != nullptr) put_apart(group, at<T>(p.y, p.y_strides, n, c, h, w_begin + w), 1, e.y);
             if (p.m1 != nullptr)
               sums.add({group.keep(e.y), group.keep(e.slope), group.keep(e.slope_t), group.keep(e.learned)},
                        p.m2 != nullptr);

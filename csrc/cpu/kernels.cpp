@@ -148,8 +148,8 @@ void apply_channels_last(const ApplyParams& p, int64_t begin, int64_t end) {
         CellSums<A, kReLU, kSecond, kVectors> sums;
         const auto row = [&](int64_t h, auto write) ALWAYS_INLINE {
           const T* z = at<T>(p.z, p.z_strides, n, c, h, w_begin);
-          T* y = at<T>(p.y, p.y_strides, n, c, h, w_begin);
-          for (int64_t w = w_begin; w < w_end; ++w, z += p.z_strides.w, y += p.y_strides.w) {
+          T* y = write.value ? at<T>(p.y, p.y_strides, n, c, h, w_begin) : nullptr;
+          for (int64_t w = w_begin; w < w_end; ++w, z += p.z_strides.w) {
             Vec<A> value[kVectors];
             group.get(z, value);
             for (int v = 0; v < kVectors; ++v) {
@@ -158,12 +158,15 @@ void apply_channels_last(const ApplyParams& p, int64_t begin, int64_t end) {
               value[v] = a.y;
               if constexpr (kMoments) sums.add(v, a, t);
             }
-            if constexpr (write.value) group.put(y, value);
+            if constexpr (write.value) {
+              group.put(y, value);
+              y += p.y_strides.w;
+            }
           }
         };
         int64_t h = h_begin;
         if constexpr (kMoments) {
-          for (; h < h_own; ++h) row(h, No{});
+          for (; h < (p.y == nullptr ? h_end : h_own); ++h) row(h, No{});
         } else {
           h = h_own;
         }
@@ -190,14 +193,14 @@ void apply_contiguous(const ApplyParams& p, int64_t begin, int64_t end) {
         CellSums<A, kReLU, kSecond, 1> sums;
         for (int64_t h = cell_begin(i, shape.h, p.bins_h); h < cell_end(i, shape.h, p.bins_h); ++h) {
           const T* z = at<T>(p.z, p.z_strides, n, c, h, w_begin);
-          T* y = at<T>(p.y, p.y_strides, n, c, h, w_begin);
+          T* y = p.y == nullptr ? nullptr : at<T>(p.y, p.y_strides, n, c, h, w_begin);
           for_each_vector<A>(w_end - w_begin, [&](int64_t w, auto group) ALWAYS_INLINE {
             Vec<A> value[1];
             group.get(z + w, value);
             const Vec<A> t = value[0] - k.mean[0];
             const Activated<Vec<A>> a = activate<kReLU>(k.u(0, t), negative_slope);
             value[0] = a.y;
-            group.put(y + w, value);
+            if (y != nullptr) group.put(y + w, value);
             if constexpr (kMoments) sums.add(0, {group.keep(a.y), group.keep(a.slope)}, group.keep(t));
           });
         }

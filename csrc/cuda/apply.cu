@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(I) == 4 ? 2 : 1)
     const Coefficients<A, V> k(p.norm, c);
     const I first = part * lane.rows + lane.row, step = task_warps * lane.rows;
     const I count = share_of<I>(first, step, (h_end - h_begin) * (w_end - w_begin));
-    T* const y = static_cast<T*>(p.y) + offset_of<I>(p.y_strides, n, c, 0, 0);
+    T* const y = p.y == nullptr ? nullptr : static_cast<T*>(p.y) + offset_of<I>(p.y_strides, n, c, 0, 0);
     const T* const z = static_cast<const T*>(p.z) + offset_of<I>(p.z_strides, n, c, 0, 0);
     for_each_pixel<V>(
         PixelWalk<I>(first, step, h_begin, w_begin, w_end), count,
@@ -63,7 +63,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(I) == 4 ? 2 : 1)
             values[0][v] = a.y;
             if constexpr (kMoments) sums.add(v, a, t);
           }
-          if (at.h >= h_own && at.w >= w_own) store<V>(y + offset_of<I>(p.y_strides, 0, 0, at.h, at.w), values[0]);
+          if (y != nullptr && at.h >= h_own && at.w >= w_own)
+            store<V>(y + offset_of<I>(p.y_strides, 0, 0, at.h, at.w), values[0]);
         },
         Source{z, [&](const PixelWalk<I>& at) { return offset_of<I>(p.z_strides, 0, 0, at.h, at.w); }});
   }

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const I first = part * lane.rows + lane.row, step = task_warps * lane.rows;
     const I count = share_of<I>(first, step, (h_end - h_begin) * (w_end - w_begin));
     PixelWalk<I> walk(first, step, h_begin, w_begin, w_end);
-    T* const y = static_cast<T*>(p.y) + offset_of<I>(p.y_strides, n, c, 0, 0);
+    T* const y = p.y == nullptr ? nullptr : static_cast<T*>(p.y) + offset_of<I>(p.y_strides, n, c, 0, 0);
     const auto use = [&](const Unit<A>(&e)[V], const PixelWalk<I>& at) {
       A values[V];
 #pragma unroll
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         sums[kB1][v] += e[v].y * e[v].slope_t;
         sums[kC1][v] += e[v].y * e[v].learned;
       }
-      if (at.h >= h_own && at.w >= w_own)
+      if (y != nullptr && at.h >= h_own && at.w >= w_own)
         store_apart<V>(y + offset_of<I>(p.y_strides, 0, 0, at.h, at.w), p.y_strides.c, values);
     };
     Unit<A> e[V];

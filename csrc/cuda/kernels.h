@@ -55,7 +55,7 @@ struct Apply {
   int64_t bins_h, bins_w;
   const void* z;
   Strides z_strides;
-  void* y;
+  void* y;  // or null: not wanted
   Strides y_strides;
   Norm norm;
   void* m1;  // [N, C, bins_h, bins_w] of A in the map's layout, or null: no moments

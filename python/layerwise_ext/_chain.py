@@ -118,7 +118,7 @@ def _forward_layer(
     given = (None, None) if step.training else step.running
     form = step.form_of(residual, slope, bins)
     y, m1, m2, sums, mean, var, z = operators.conv_bn_act_moments(
-        input, conv_weight, conv_bias, weight, bias, *given, *step.convolution, *form, second_moment
+        input, conv_weight, conv_bias, weight, bias, *given, *step.convolution, *form, second_moment, True
     )
     if step.training and step.running[0] is not None:
         count = z.numel() // z.size(1)
@@ -198,7 +198,7 @@ class _Memory:
         _, residual, _, _, weight, bias, slope, mean, var, _, z = saved
         residual = residual if source is None or node.step.residual is None else source
         form = node.step.form_of(residual, slope)
-        y: Tensor = operators.bn_act_moments(z, weight, bias, mean, var, *form, False)[0]
+        y: Tensor = operators.bn_act_moments(z, weight, bias, mean, var, *form, False, True)[0]
         return y
 
     def read(self, node: Any) -> None:
@@ -238,7 +238,7 @@ class _LayerNode(torch.autograd.Function):
         ctx.input_node, ctx.residual_node, ctx.source = input_node, residual_node, residual_node
         ctx.hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*_absent(m1, m2, bins, second_moment))
+        ctx.mark_non_differentiable(*_absent((y, m1, m2), bins, second_moment, True))
         needs_input, _, _, needs_weight, *_ = ctx.needs_input_grad[7:]
         ctx.reads_input = needs_input or needs_weight
         # Whether the input has the shape of the z behind it.

@@ -87,7 +87,7 @@ class Form(NamedTuple):
 _FORM_SIZE = len(Form._fields)
 
 
-def _fake_outputs(z: Tensor, form: Form, second_moment: bool) -> tuple[Tensor, ...]:
+def _fake_outputs(z: Tensor, form: Form, second_moment: bool, needs_y: bool) -> tuple[Tensor, ...]:
     _check_devices(z, slope=form.slope, seed=form.seed, residual=form.residual)
     size = form.output_size(z)
     channels_last, dtype = _is_channels_last(z), _accumulation_dtype(z)
@@ -97,7 +97,7 @@ def _fake_outputs(z: Tensor, form: Form, second_moment: bool) -> tuple[Tensor, .
     kinds = (2 if second_moment else 1) * (3 if form.activation == "prelu" else 2)
     sums = z.new_empty(kinds * m1.numel(), dtype=dtype)
     mean, var = (z.new_empty(z.size(1), dtype=dtype) for _ in range(2))
-    return _empty_map(z, size, channels_last, z.dtype), m1, m2, sums, mean, var
+    return _empty_map(z, size if needs_y else none, channels_last, z.dtype), m1, m2, sums, mean, var
 
 
 @torch.library.register_fake("layerwise_ext::batch_norm_statistics")
@@ -106,10 +106,10 @@ def _(z):
 
 
 @torch.library.register_fake("layerwise_ext::bn_act_moments")
-def _(z, weight, bias, mean, var, *form_and_second):
-    *form, second_moment = form_and_second
+def _(z, weight, bias, mean, var, *form_and_wanted):
+    *form, second_moment, needs_y = form_and_wanted
     _check_devices(z, weight=weight, bias=bias, running_mean=mean, running_var=var)
-    return _fake_outputs(z, Form(*form), second_moment)
+    return _fake_outputs(z, Form(*form), second_moment, needs_y)
 
 
 def _fake_convolution(input: Tensor, conv_weight: Tensor, *convolution: Any) -> Tensor:
@@ -126,12 +126,12 @@ def _(input, conv_weight, *convolution):
 
 
 @torch.library.register_fake("layerwise_ext::conv_bn_act_moments")
-def _(input, conv_weight, conv_bias, weight, bias, mean, var, stride, padding, dilation, groups, *form_and_second):
-    *form, second_moment = form_and_second
+def _(input, conv_weight, conv_bias, weight, bias, mean, var, stride, padding, dilation, groups, *form_and_wanted):
+    *form, second_moment, needs_y = form_and_wanted
     _check_devices(input, conv_weight=conv_weight, conv_bias=conv_bias)
     _check_devices(input, weight=weight, bias=bias, running_mean=mean, running_var=var)
     z = _fake_convolution(input, conv_weight, stride, padding, dilation, groups)
-    return (*_fake_outputs(z, Form(*form), second_moment), z)
+    return (*_fake_outputs(z, Form(*form), second_moment, needs_y), z)
 
 
 @torch.library.register_fake("layerwise_ext::conv_bn_act_inference")
@@ -312,9 +312,10 @@ def _like(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else gradient.to(parameter.dtype)
 
 
-def _absent(m1: Tensor, m2: Tensor, bins: Sequence[int], second_moment: bool) -> tuple[Tensor, ...]:
-    """The moments that were not asked for."""
-    return () if bins and second_moment else (m2,) if bins else (m1, m2)
+def _absent(output: Sequence[Tensor], bins: Sequence[int], second_moment: bool, needs_y: bool) -> tuple[Tensor, ...]:
+    """Those of y, m1, m2 that were not asked for."""
+    wanted = (needs_y, bool(bins), bool(bins) and second_moment)
+    return tuple(t for t, is_wanted in zip(output[:3], wanted, strict=True) if not is_wanted)
 
 
 def _save_form(ctx: Any, form: Form) -> tuple[Tensor | None, ...]:
@@ -335,11 +336,11 @@ def _form_gradients(form: Form, dslope: Tensor, grad_residual: Tensor | None) ->
 
 
 def _setup_bn(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    z, weight, bias, mean, _, *rest, second_moment = inputs
+    z, weight, bias, mean, _, *rest, second_moment, needs_y = inputs
     form = Form(*rest)
-    _, m1, m2, sums, mean_z, var_z = output
+    *_, sums, mean_z, var_z = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(sums, mean_z, var_z, *_absent(m1, m2, form.bins, second_moment))
+    ctx.mark_non_differentiable(sums, mean_z, var_z, *_absent(output, form.bins, second_moment, needs_y))
     ctx.save_for_backward(z, sums, mean_z, var_z, weight, bias, *_save_form(ctx, form))
     ctx.count = z.numel() // z.size(1) if mean is None else 0  # 0: the statistics do not depend on z
 
@@ -358,7 +359,16 @@ def _backward_bn(ctx: Any, grad_y: Any, grad_m1: Any, grad_m2: Any, *_: Any) -> 
             z, *gradients, *totals, *common, ctx.count, needs_residual
         )
     form_gradients = _form_gradients(form, dslope, grad_residual if needs_residual else None)
-    wanted = (dz if needs_z else None, _like(dgamma, weight), _like(dbeta, bias), None, None, *form_gradients, None)
+    wanted = (
+        dz if needs_z else None,
+        _like(dgamma, weight),
+        _like(dbeta, bias),
+        None,
+        None,
+        *form_gradients,
+        None,
+        None,
+    )
     return _once_differentiable(wanted)
 
 
@@ -376,11 +386,11 @@ _register_autograd("bn_act_moments", _setup_bn, _backward_bn)
 
 
 def _setup_conv(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, conv_weight, conv_bias, weight, bias, mean, _, *rest, second_moment = inputs
+    input, conv_weight, conv_bias, weight, bias, mean, _, *rest, second_moment, needs_y = inputs
     ctx.convolution, form = rest[:4], Form(*rest[4:])
-    _, m1, m2, sums, mean_z, var_z, z = output
+    *_, sums, mean_z, var_z, z = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(sums, mean_z, var_z, z, *_absent(m1, m2, form.bins, second_moment))
+    ctx.mark_non_differentiable(sums, mean_z, var_z, z, *_absent(output, form.bins, second_moment, needs_y))
     # Detached, z and sums have handles of their own, which _is_last_reader tells from everybody else's.
     ctx.save_for_backward(
         input, conv_weight, conv_bias, z.detach(), sums.detach(), mean_z, var_z, weight, bias, *_save_form(ctx, form)
@@ -420,7 +430,7 @@ def _backward_conv(ctx: Any, grad_y: Any, grad_m1: Any, grad_m2: Any, *_: Any) -
     wanted = (
         grad_input if needs_input else None, grad_weight if needs_weight else None, grad_bias,
         _like(dgamma, weight), _like(dbeta, bias), *([None] * 6),
-        *_form_gradients(form, dslope, grad_residual if needs_residual else None), None,
+        *_form_gradients(form, dslope, grad_residual if needs_residual else None), None, None,
     )  # fmt: skip
     return _once_differentiable(wanted)
 

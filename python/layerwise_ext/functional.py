@@ -225,7 +225,7 @@ def bn_act_moments(
         residual, mode, window, ceil_mode, _pair("bins", bins),
     )  # fmt: skip
     mean, var = (None, None) if training else (running_mean, running_var)
-    arguments = (z, weight, bias, mean, var, *form, second_moment)
+    arguments = (z, weight, bias, mean, var, *form, second_moment, True)
     if replicas is not None:
         y, m1, m2, _, mean_z, var_z = _replicas.bn_act_moments(replicas, *arguments)
     else:
@@ -265,6 +265,7 @@ def conv_bn_act_moments(
     process_group: ProcessGroup | None = None,
     bins: Pair = (1, 1),
     second_moment: bool = True,
+    detached_downsample: Downsample = None,
 ) -> ActivationMoments:
     """Convolution followed by :func:`bn_act_moments`, as one autograd node.
 
@@ -281,20 +282,30 @@ def conv_bn_act_moments(
             slope, seed, residual, ceil_mode, process_group, bins, second_moment: as :func:`bn_act_moments`; the
             residual has the shape of the convolution's output.
         downsample: as :func:`bn_act_moments`; ``'stride'`` multiplies the stride of the convolution.
+        detached_downsample: ``(mode, factor)`` as ``downsample``, for a network whose stages are trained alone and pool
+            between one stage's loss and the next stage: ``y`` is reduced and has no graph, and the moments are those of
+            the activation before that, which is never written.
 
     Returns:
         :class:`ActivationMoments` ``(y, m1, m2)``.
 
     Raises:
-        ValueError: one value per channel in training, momentum outside [0, 1], statistics missing.
+        ValueError: one value per channel in training, momentum outside [0, 1], statistics missing;
+            ``detached_downsample`` beside ``downsample`` or with the random slopes of ``'rrelu'``.
         TypeError: ``conv_weight`` and ``input`` differ in dtype outside autocast; ``process_group`` is none.
         RuntimeError: wrong shape, dtype, device, bins, eps or activation.
     """
+    if detached_downsample is not None and (downsample is not None or activation == "rrelu"):
+        raise ValueError(
+            f"detached_downsample={detached_downsample!r} goes with neither downsample ({downsample!r}) nor 'rrelu' "
+            f"({activation!r})"
+        )
+    _downsampling(detached_downsample)
     return _conv_bn_act_moments(
         input, conv_weight, conv_bias, running_mean, running_var, weight, bias,
         _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups, training, momentum,
         eps, activation, negative_slope, upper_slope, slope, seed, residual, downsample, ceil_mode, process_group,
-        _pair("bins", bins), second_moment,
+        _pair("bins", bins), second_moment, detached_downsample,
     )  # fmt: skip
 
 
@@ -329,7 +340,7 @@ def conv_bn_act(
         input, conv_weight, conv_bias, running_mean, running_var, weight, bias,
         _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups, training, momentum,
         eps, activation, negative_slope, upper_slope, slope, seed, residual, downsample, ceil_mode, process_group,
-        [], False,
+        [], False, None,
     ).y  # fmt: skip
 
 
@@ -454,6 +465,7 @@ def _conv_bn_act_moments(
     process_group: ProcessGroup | None,
     bins: list[int],
     second_moment: bool,
+    detached_downsample: Downsample,
 ) -> ActivationMoments:
     _check_rank("input", input)
     _check_rank("conv_weight", conv_weight)
@@ -479,7 +491,7 @@ def _conv_bn_act_moments(
         y = _lib.conv_bn_act_inference(*tensors, running_mean, running_var, *convolution, *form)
         return ActivationMoments(y, cast(Tensor, None), cast(Tensor, None))
     mean, var = (None, None) if training else (running_mean, running_var)
-    arguments = (*tensors, mean, var, *convolution, *form, second_moment)
+    arguments = (*tensors, mean, var, *convolution, *form, second_moment, detached_downsample is None)
     if replicas is not None:
         y, m1, m2, _, mean_z, var_z, z = _replicas.conv_bn_act_moments(replicas, *arguments)
     else:
@@ -489,7 +501,24 @@ def _conv_bn_act_moments(
     elif training and running_mean is not None:
         count = z.numel() // z.size(1)
         _lib.update_running_statistics_(running_mean, running_var, mean_z, var_z, conv_bias, count, momentum)
+    if detached_downsample is not None:
+        y = _downsampled_activation(z, mean_z, var_z, weight, bias, form, detached_downsample)
     return ActivationMoments(y, m1, m2 if second_moment else cast(Tensor, None))
+
+
+def _downsampled_activation(
+    z: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form, downsample: Downsample
+) -> Tensor:
+    mode, window = _downsampling(downsample)
+    residual = form.residual
+    if mode == "stride":
+        z = z[..., :: window[0], :: window[1]]
+        residual = None if residual is None else residual[..., :: window[0], :: window[1]]
+        mode, window = "none", []
+    form = form._replace(residual=residual, downsample=mode, window=window, ceil_mode=False, bins=[])
+    with torch.no_grad():
+        y: Tensor = _lib.bn_act_moments(z, weight, bias, mean, var, *form, False, True)[0]
+    return y
 
 
 def similarity_matching_loss(features: Tensor, target: Tensor, *, num_classes: int) -> Tensor:

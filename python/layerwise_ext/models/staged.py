@@ -59,9 +59,14 @@ class StagedModel(nn.Module):
     def backbone(self) -> nn.Sequential:
         """The network without its local heads, as a plain ``nn.Sequential`` that shares all modules with this one.
 
-        Children ``stage0``, ``stage1``, ..., and ``output`` (pooling, flatten, linear).
+        Children ``stage0``, ``stage1``, ..., ``downsample0``, ... behind those stages that have one, and ``output``
+        (pooling, flatten, linear).
         """
-        children: OrderedDict[str, nn.Module] = OrderedDict((f"stage{i}", stage.body) for i, stage in enumerate(self))
+        children: OrderedDict[str, nn.Module] = OrderedDict()
+        for i, stage in enumerate(self):
+            children[f"stage{i}"] = stage.body
+            if stage.downsample is not None:
+                children[f"downsample{i}"] = stage.downsample
         head = self[-1].head
         assert isinstance(head, ClassifierHead)
         children["output"] = head.to_modules()

@@ -58,7 +58,7 @@ def vgg(
     """A VGG network, one stage per convolution, then one fully connected stage, whose head is the output.
 
     All convolutions are 3x3 with bias and padding 1; the first is 7x7 with stride 2 for images above 64. A max-pool
-    opens the body of the stage that follows it, so each local loss sees the map before pooling. The fully connected
+    is the ``downsample`` of the stage before it, whose local loss sees the map before pooling. The fully connected
     layer is a convolution whose kernel covers the whole remaining map: the same function and the same number of
     parameters. Its local loss and the network's output are one and the same head. Classifiers start from zero weights.
 
@@ -106,16 +106,23 @@ def vgg(
         # A blank image goes through each new body: the heads are sized by the shapes that really come out.
         x = torch.zeros(1, in_channels, *image_size)
         convolutions = list(_convolutions(layers, image_size, hidden))
+        pools = [pool for *_, pool in convolutions]
         for index, (width, kernel_size, pool) in enumerate(convolutions):
             channels = max(1, round(width * width_multiplier))
-            body = _body(x.shape, channels, kernel_size, pool, activation, fused)
+            body = _body(x.shape, channels, kernel_size, activation, fused)
+            if index == 0 and pool:  # there is no stage before it
+                body = nn.Sequential(OrderedDict(pool=nn.MaxPool2d(2), block=body))
             with torch.no_grad():
                 x = body.eval()(x)
             body.train()
             size = (x.shape[2], x.shape[3])
             grid = _largest_grid(channels, size, dim) if bins is None else _clip(bins, size)
             is_output = index == len(convolutions) - 1
-            stages.append(LocalStage(body, _head(head, channels, num_classes, grid, size, beta, is_output)))
+            downsample = ("max", 2) if not is_output and pools[index + 1] else None
+            local_head = _head(head, channels, num_classes, grid, size, beta, is_output)
+            stages.append(LocalStage(body, local_head, downsample=downsample))
+            if stages[-1].downsample is not None:
+                x = stages[-1].downsample(x)
     return StagedModel(stages)
 
 
@@ -135,20 +142,16 @@ def _convolutions(
         yield hidden, None, pool
 
 
-def _body(
-    input_shape: torch.Size, channels: int, kernel_size: int | None, pool: bool, activation: str, fused: bool
-) -> nn.Module:
-    """[pool,] convolution + batch norm + activation for an input [1, C, H, W]."""
+def _body(input_shape: torch.Size, channels: int, kernel_size: int | None, activation: str, fused: bool) -> nn.Module:
+    """Convolution + batch norm + activation for an input [1, C, H, W]."""
     if kernel_size is None:
-        rows, columns = (size // 2 if pool else size for size in input_shape[2:])
-        geometry: tuple[tuple[int, int], int, int] = ((rows, columns), 1, 0)
+        geometry: tuple[tuple[int, int], int, int] = ((input_shape[2], input_shape[3]), 1, 0)
     else:
         geometry = ((kernel_size, kernel_size), 2 if kernel_size == 7 else 1, kernel_size // 2)
     layer = ConvBNReLU2d(input_shape[1], channels, *geometry, bias=True, activation=activation)
-    block: nn.Module = layer
-    if not fused:
-        block = nn.Sequential(OrderedDict(zip(("conv", "bn", "act"), layer.to_modules(), strict=True)))
-    return nn.Sequential(OrderedDict(pool=nn.MaxPool2d(2), block=block)) if pool else block
+    if fused:
+        return layer
+    return nn.Sequential(OrderedDict(zip(("conv", "bn", "act"), layer.to_modules(), strict=True)))
 
 
 def _head(

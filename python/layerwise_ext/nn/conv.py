@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch.distributed as dist
@@ -211,17 +211,45 @@ class ConvBNReLU2d(nn.Module):
         return functional.conv_bn_act(*tensors, residual=residual, **options)
 
     def forward_moments(
-        self, x: Tensor, bins: tuple[int, int], second_moment: bool = True, residual: Tensor | None = None
+        self,
+        x: Tensor,
+        bins: tuple[int, int],
+        second_moment: bool = True,
+        residual: Tensor | None = None,
+        detached_downsample: functional.Downsample = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``(y, m1, m2)``: the output and its sums of y and y*y, ``[N, channels of y, *bins]``, over each pooling cell.
 
-        The cells are those of ``adaptive_avg_pool2d(y, bins)``; m2 is None with ``second_moment=False``. See
+        The cells are those of ``adaptive_avg_pool2d(y, bins)``; m2 is None with ``second_moment=False``; with
+        ``detached_downsample`` y is smaller than what they are of. See
         :func:`layerwise_ext.functional.conv_bn_act_moments`.
         """
         tensors, options = self._arguments(x)
         return functional.conv_bn_act_moments(
-            *tensors, residual=residual, bins=bins, second_moment=second_moment, **options
+            *tensors,
+            residual=residual,
+            bins=bins,
+            second_moment=second_moment,
+            detached_downsample=detached_downsample,
+            **options,
         )
+
+    def map_size(self, x: Tensor) -> tuple[int, int]:
+        """``(H, W)`` of the activation of x ``[N, C, H_in, W_in]`` before its downsampling."""
+        conv = self.conv
+        border, padding = _padding(conv)
+        around = (0, 0, 0, 0) if border is None else border.amounts  # left, right, top, bottom
+        stride = conv.stride
+        if self.downsample is not None and self.downsample[0] == "stride":
+            window = functional._pair("downsample factor", self.downsample[1])
+            stride = (stride[0] * window[0], stride[1] * window[1])
+        rows, columns = (
+            (x.shape[2 + i] + before + after + 2 * padding[i] - conv.dilation[i] * (conv.kernel_size[i] - 1) - 1)
+            // stride[i]
+            + 1
+            for i, (before, after) in enumerate((around[2:], around[:2]))
+        )
+        return rows, columns
 
     @property
     def is_synchronised(self) -> bool:
@@ -318,7 +346,7 @@ class AcceleratedDownsample2d(nn.Module):
         ValueError: another mode, a factor below 1; (when run) a size that space_to_depth's factor does not divide.
     """
 
-    def __init__(self, mode: str = "max", factor: int | tuple[int, int] = 2, ceil_mode: bool = False) -> None:
+    def __init__(self, mode: str = "max", factor: int | Sequence[int] = 2, ceil_mode: bool = False) -> None:
         super().__init__()
         functional._downsampling((mode, factor))
         self.mode = mode

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from layerwise_ext import _graphs
+from layerwise_ext import _graphs, functional
 from layerwise_ext.nn.chain import FusedChain, Residual
-from layerwise_ext.nn.conv import ConvBNReLU2d
+from layerwise_ext.nn.conv import AcceleratedDownsample2d, ConvBNReLU2d
 from layerwise_ext.nn.heads import LocalHead
 from layerwise_ext.nn.moments import PooledMoments
 
@@ -41,6 +41,9 @@ class LocalStage(nn.Module):
         head: a :class:`LocalHead`; :class:`FunctionHead` makes one of any function of the moments.
         detach: cut the graph at the stage's input and at ``features``, so that no gradient crosses stages. With
             ``detach=False`` gradients flow to the input and back from later uses of ``features`` (deep supervision).
+        downsample: ``(mode, factor)`` of :func:`layerwise_ext.functional.downsample`: what the next stage gets of the
+            body's output, while the head sees all of it. Behind a :class:`ConvBNReLU2d` and with ``detach`` the
+            activation is then written in the reduced form only.
         cuda_graph: on a CUDA device, run training steps as a CUDA graph, for maps so small that launching kernels is
             what takes the time. Forward and backward pass are captured together at the fourth call in a row with inputs
             of one shape; other inputs (a last smaller batch) and evaluation run as usual. ``features`` is then memory
@@ -48,12 +51,20 @@ class LocalStage(nn.Module):
 
     Raises:
         TypeError: ``head`` is not a LocalHead.
-        ValueError: ``cuda_graph`` without ``detach`` or with a batch norm of ``momentum=None``; (when run) the head was
-            built for another shape, or pools to more cells than the map has.
+        ValueError: an unknown ``downsample``; ``cuda_graph`` without ``detach`` or with a batch norm of
+            ``momentum=None``; (when run) the head was built for another shape, or pools to more cells than the map has.
         RuntimeError: (when run, with ``cuda_graph``) something in the stage waits for the device.
     """
 
-    def __init__(self, body: nn.Module, head: LocalHead, detach: bool = True, *, cuda_graph: bool = False) -> None:
+    def __init__(
+        self,
+        body: nn.Module,
+        head: LocalHead,
+        detach: bool = True,
+        *,
+        downsample: functional.Downsample = None,
+        cuda_graph: bool = False,
+    ) -> None:
         super().__init__()
         if not isinstance(head, LocalHead):
             raise TypeError(f"head is {type(head).__name__}; a LocalHead is needed")
@@ -62,6 +73,7 @@ class LocalStage(nn.Module):
         self.body = body
         self.head = head
         self.detach = detach
+        self.downsample = None if downsample is None else AcceleratedDownsample2d(*downsample)
         self.cuda_graph = cuda_graph
         self._captured: _graphs.CapturedFunction | None = None
         self._used: list[nn.Parameter] = []  # those that have a gradient in the captured step
@@ -76,13 +88,34 @@ class LocalStage(nn.Module):
         return StageOutput(features.detach() if self.detach else features, loss, logits)
 
     def features(self, x: Tensor) -> Tensor:
-        """The body alone, with its graph: what joint training and frozen stages need."""
+        """Without the head, with its graph: what joint training and frozen stages need."""
         features: Tensor = self.body(x)
-        return features
+        return features if self.downsample is None else self.downsample(features)
 
     def moments(self, x: Tensor) -> tuple[Tensor, PooledMoments]:
-        """The features, with their graph, and their moments over ``head.bins``."""
-        return _body_moments(self.body, x, self.head)
+        """The features, and the moments over ``head.bins`` of the body's output.
+
+        Without ``downsample`` or without ``detach`` the features have their graph.
+        """
+        body, head, downsample = self.body, self.head, self.downsample
+        while type(body) is nn.Sequential and len(body):
+            *first, body = body
+            for module in first:
+                x = module(x)
+        if downsample is not None and self.detach and _may_skip_map(body, head):
+            y, m1, m2 = body.forward_moments(
+                x, head.bins, head.second_moment, detached_downsample=(downsample.mode, downsample.factor)
+            )
+            return y, PooledMoments(m1, m2, body.map_size(x))
+        if isinstance(body, (ConvBNReLU2d, Residual, FusedChain)):
+            y, m1, m2 = body.forward_moments(x, head.bins, head.second_moment)
+            moments = PooledMoments(m1, m2, (y.shape[2], y.shape[3]), y if head.needs_map else None)
+        else:
+            y = body(x)
+            moments = PooledMoments.of(y, head.bins, second_moment=head.second_moment)
+        if downsample is not None:
+            y = downsample(y.detach() if self.detach else y)
+        return y, moments
 
     def _replay(self, x: Tensor, target: Tensor) -> StageOutput:
         if self._captured is None:
@@ -158,14 +191,8 @@ class _Captured(torch.autograd.Function):
         return None, None, None, *torch._foreach_mul(ctx.gradients, grad_loss)
 
 
-def _body_moments(body: nn.Module, x: Tensor, head: LocalHead) -> tuple[Tensor, PooledMoments]:
-    if isinstance(body, (ConvBNReLU2d, Residual, FusedChain)):
-        y, m1, m2 = body.forward_moments(x, head.bins, head.second_moment)
-        return y, PooledMoments(m1, m2, (y.shape[2], y.shape[3]), y if head.needs_map else None)
-    if type(body) is nn.Sequential and len(body):
-        *first, last = body
-        for module in first:
-            x = module(x)
-        return _body_moments(last, x, head)
-    y = body(x)
-    return y, PooledMoments.of(y, head.bins, second_moment=head.second_moment)
+def _may_skip_map(body: nn.Module, head: LocalHead) -> TypeGuard[ConvBNReLU2d]:
+    """Whether the operator can leave the body's output unwritten and give what is downsampled of it."""
+    if not isinstance(body, ConvBNReLU2d) or head.needs_map:
+        return False
+    return body.downsample is None and body.activation != "rrelu"
