@@ -480,6 +480,23 @@ def test_another_path_through_forward_is_exact(mode: str) -> None:
     torch.testing.assert_close(*results, **TOLERANCE)
 
 
+def test_an_activation_into_a_given_tensor(counter: Counter) -> None:
+    class Given(Switches):
+        def forward(self, x: Tensor) -> Tensor:
+            u = self.bn(self.conv(x))
+            return torch.sigmoid(u, out=torch.empty_like(x)) if self.mode else torch.sigmoid(u)
+
+    torch.manual_seed(0)
+    model = Given().double()
+    peer = copy.deepcopy(model)
+    x = batch()
+    assert [f.activation for f in lw.fuse_(model).fused] == ["sigmoid"]
+    model.mode = peer.mode = "out"
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), peer(x), **TOLERANCE)
+    assert [f.activation for f in lw.fuse_(model).fused] == [None]
+
+
 def test_an_input_written_over_is_an_error() -> None:
     class Writes(Switches):
         def forward(self, x: Tensor) -> Tensor:

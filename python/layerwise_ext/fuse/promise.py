@@ -81,7 +81,9 @@ _ACTIVATION_FUNCTIONS: dict[Any, Callable[..., Options | None]] = {
 def activation_of(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Options | None:
     """Options of the operator for a call of ``function``; None where it has no such activation."""
     describe = _ACTIVATION_FUNCTIONS.get(function)
-    return None if describe is None else describe(*args, **kwargs)
+    if describe is None or "out" in kwargs:  # the operator's result is a new tensor
+        return None
+    return describe(*args, **kwargs)
 
 
 def activation_of_module(module: nn.Module) -> str | None:
