@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import pickle
@@ -479,6 +480,23 @@ def test_another_path_through_forward_is_exact(mode: str) -> None:
     torch.testing.assert_close(*results, **TOLERANCE)
 
 
+def test_an_activation_into_a_given_tensor(counter: Counter) -> None:
+    class Given(Switches):
+        def forward(self, x: Tensor) -> Tensor:
+            u = self.bn(self.conv(x))
+            return torch.sigmoid(u, out=torch.empty_like(x)) if self.mode else torch.sigmoid(u)
+
+    torch.manual_seed(0)
+    model = Given().double()
+    peer = copy.deepcopy(model)
+    x = batch()
+    assert [f.activation for f in lw.fuse_(model).fused] == ["sigmoid"]
+    model.mode = peer.mode = "out"
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), peer(x), **TOLERANCE)
+    assert [f.activation for f in lw.fuse_(model).fused] == [None]
+
+
 def test_an_input_written_over_is_an_error() -> None:
     class Writes(Switches):
         def forward(self, x: Tensor) -> Tensor:
@@ -611,6 +629,37 @@ def test_dtypes(dtype: torch.dtype, autocast: torch.dtype | None, fused: bool, c
     assert y.dtype == expected.dtype
     torch.testing.assert_close(y, expected, rtol=3e-2, atol=3e-2)
     assert counter.take() == fused
+
+
+@pytest.mark.parametrize("mode", ["autocast", "no_grad"])
+@pytest.mark.parametrize("steps", [(), (0,), (1,), (2,), (0, 1), (1, 2)])
+def test_steps_in_different_modes_are_not_one_operator(steps: tuple[int, ...], mode: str, counter: Counter) -> None:
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn, self.relu = small().float()
+
+        def forward(self, x: Tensor) -> Tensor:
+            for i, step in enumerate((self.conv, self.bn, self.relu)):
+                changed = torch.autocast("cpu", torch.bfloat16) if mode == "autocast" else torch.no_grad()
+                with changed if i in steps else contextlib.nullcontext():
+                    x = step(x)
+            return x
+
+    model = Steps()
+    peer = copy.deepcopy(model)
+    assert len(lw.fuse_(model).fused) == 1
+    x = batch().float()
+    results = [m(x) for m in (model, peer)]
+    assert results[0].dtype == results[1].dtype
+    torch.testing.assert_close(*results, rtol=3e-2, atol=3e-2)
+    assert ("relu" in [call["activation"] for call in counter.calls]) == (not steps)
+    trained = []
+    for m, y in zip((model, peer), results, strict=True):
+        if y.requires_grad:
+            y.sum().backward()
+        trained.append([name for name, p in m.named_parameters() if p.grad is not None])
+    assert trained[0] == trained[1]
 
 
 def test_what_the_operator_does_not_take(counter: Counter) -> None:

@@ -82,9 +82,10 @@ def _check_more_than_one_value(shape: Sequence[int]) -> None:
 def _conv_size(
     input: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
 ) -> tuple[int, ...]:
-    return tuple(
-        (input.size(2 + i) + 2 * padding[i] - dilation[i] * (weight.size(2 + i) - 1) - 1) // max(1, stride[i]) + 1
-        for i in range(2)
+    (_, _, height, width), (_, _, rows, columns) = input.shape, weight.shape
+    return (
+        (height + 2 * padding[0] - dilation[0] * (rows - 1) - 1) // max(1, stride[0]) + 1,
+        (width + 2 * padding[1] - dilation[1] * (columns - 1) - 1) // max(1, stride[1]) + 1,
     )
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules import module as _module
 from torch.utils.hooks import RemovableHandle
 
-from .promise import ConvInput, Expected, Promise, Scope, is_deferrable, resolve
+from .promise import Call, ConvInput, Expected, Promise, Scope, grad_mode, is_deferrable, resolve
 
 Path = tuple[str, ...]
 
@@ -41,6 +41,9 @@ class Watched(NamedTuple):
     type: type[nn.Module]
 
 
+_NOTHING = Expected()
+
+
 class _Hook:
     handle: RemovableHandle  # kept here, it travels with a copy or a pickle of the module, and so does its id
 
@@ -64,10 +67,10 @@ class LeaveScope(_Hook):
             return None
         _thread.innermost.scope = scope.caller
         caller = scope.caller
-        if isinstance(result, Promise) and result.exits > 0 and caller is not None and caller.mode.is_unchanged():
+        if isinstance(result, Promise) and result.exits > 0 and caller is not None and caller.mode == grad_mode():
             caller.waiting += scope.waiting
             result.exits -= 1
-            result.source.scope = caller
+            result.call.scope = caller
             return None
         scope.settle()
         resolved = resolve(result)
@@ -96,18 +99,24 @@ class DeferConvolution(_Hook):
         scope = _thread.innermost.scope
         if scope is None or len(args) != 1 or _find(scope.owner, self.conv) is not conv:
             return None
-        if not self._is_unobserved(conv) or not scope.mode.is_unchanged():
+        if not self._is_unobserved(conv) or scope.mode != grad_mode():
             return None
         if not _are_in_place(scope, self.batch_norm) or not is_deferrable(args[0]):
             return None
-        expected = self.expected if _are_in_place(scope, self.following) else Expected()
-        return (ConvInput(args[0], scope, expected),)
+        expected = self.expected if _are_in_place(scope, self.following) else _NOTHING
+        return (ConvInput(Call(args[0], scope, expected)),)
 
     def _is_unobserved(self, conv: nn.Module) -> bool:
         """Nobody else sees the input after this hook, or the output. Earlier pre-hooks (weight_norm) may stay."""
-        last = list(conv._forward_pre_hooks.values())[-1]
-        return last is self and not (
-            conv._forward_hooks or conv._backward_hooks or conv._backward_pre_hooks or _has_global_hooks()
+        return not (
+            conv._forward_hooks
+            or conv._backward_hooks
+            or conv._backward_pre_hooks
+            or list(conv._forward_pre_hooks.values())[-1] is not self
+            or _module._global_forward_hooks
+            or _module._global_forward_pre_hooks
+            or _module._global_backward_hooks
+            or _module._global_backward_pre_hooks
         )
 
 
@@ -115,17 +124,10 @@ def has_hooks(module: nn.Module) -> bool:
     """Whether hooks other than those of this file see what ``module`` gets or gives."""
     if module._backward_hooks or module._backward_pre_hooks:
         return True
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return any(not isinstance(hook, _Hook) for hook in hooks)
-
-
-def _has_global_hooks() -> bool:
-    return bool(
-        _module._global_forward_hooks
-        or _module._global_forward_pre_hooks
-        or _module._global_backward_hooks
-        or _module._global_backward_pre_hooks
-    )
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        if hooks and not all(isinstance(hook, _Hook) for hook in hooks.values()):
+            return True
+    return False
 
 
 def _find(module: nn.Module | None, path: Path) -> nn.Module | None:
@@ -139,8 +141,9 @@ def _find(module: nn.Module | None, path: Path) -> nn.Module | None:
 def _are_in_place(scope: Scope, watched: tuple[Watched, ...]) -> bool:
     for level, path, expected_type in watched:
         above: Scope | None = scope
-        for _ in range(level):
-            above = None if above is None else above.caller
+        while level and above is not None:
+            above = above.caller
+            level -= 1
         module = None if above is None else _find(above.owner, path)
         if module is None or type(module) is not expected_type or has_hooks(module):
             return False

@@ -10,7 +10,7 @@ is slower, not wrong.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +81,9 @@ _ACTIVATION_FUNCTIONS: dict[Any, Callable[..., Options | None]] = {
 def activation_of(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Options | None:
     """Options of the operator for a call of ``function``; None where it has no such activation."""
     describe = _ACTIVATION_FUNCTIONS.get(function)
-    return None if describe is None else describe(*args, **kwargs)
+    if describe is None or "out" in kwargs:  # the operator's result is a new tensor
+        return None
+    return describe(*args, **kwargs)
 
 
 def activation_of_module(module: nn.Module) -> str | None:
@@ -99,36 +101,29 @@ _ADDITIONS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
 
 # -- State that a computation depends on -------------------------------------------------------------------------------
 
-
-class GradMode:
-    """What decides how autograd records: it must not change between a convolution and its activation."""
-
-    def __init__(self) -> None:
-        self.enabled = torch.is_grad_enabled()
-        self.hooks = _saved_tensors_hooks()
-
-    def is_unchanged(self) -> bool:
-        if self.enabled != torch.is_grad_enabled():
-            return False
-        return torch.compiler.is_compiling() or self.hooks == _saved_tensors_hooks()
+_PLAIN_TYPES = (Tensor, nn.Parameter)
 
 
-def _saved_tensors_hooks() -> Any:
-    """Those of a checkpoint, for one."""
-    return None if torch.compiler.is_compiling() else torch._C._autograd._top_saved_tensors_default_hooks(True)
+def grad_mode() -> tuple[bool, Any]:
+    """What decides how autograd records: whether it does, and the hooks on saved tensors (a checkpoint's, for one)."""
+    if torch.compiler.is_compiling():
+        return torch.is_grad_enabled(), None
+    return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
-def _autocast(device: str) -> tuple[bool, torch.dtype]:
-    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+def _autocast(device_type: str) -> torch.dtype | None:
+    """The dtype in which autocast computes convolutions; None without it."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
-def _version(t: Tensor) -> int:
-    return 0 if torch.compiler.is_compiling() or t.is_inference() else t._version
+def _version(t: Tensor) -> int | None:
+    """How often ``t`` was written over; None where nobody counts that."""
+    return None if torch.compiler.is_compiling() or t.is_inference() else t._version
 
 
 def _is_plain(t: Any) -> bool:
     """A tensor of a tracer or of another subclass is theirs to interpret; a compiler's is as good as plain."""
-    return type(t) in (Tensor, nn.Parameter) or (torch.compiler.is_compiling() and isinstance(t, Tensor))
+    return type(t) in _PLAIN_TYPES or (torch.compiler.is_compiling() and isinstance(t, Tensor))
 
 
 def is_deferrable(x: Any) -> bool:
@@ -140,7 +135,6 @@ def is_deferrable(x: Any) -> bool:
     # Tracers and transforms (vmap, grad, jvp) see plain tensors, too.
     return (
         x.layout is torch.strided
-        and not x.is_mkldnn
         and torch._C._get_tracing_state() is None
         and torch._C._functorch.maybe_current_level() is None
         and torch.autograd.forward_ad._current_level < 0
@@ -162,14 +156,14 @@ class Scope:
     """One call, in progress, of a module whose convolutions may be deferred.
 
     Attributes:
-        mode: :class:`GradMode` when it began.
+        mode: :func:`grad_mode` when it began.
         waiting: promises that are to update running statistics, whether somebody reads them or not.
     """
 
     def __init__(self, owner: nn.Module, caller: Scope | None) -> None:
         self.owner = owner
         self.caller = caller
-        self.mode = GradMode()
+        self.mode = grad_mode()
         self.waiting: list[Promise] = []
 
     def wait_for(self, promise: Promise) -> None:
@@ -183,38 +177,37 @@ class Scope:
         self.waiting = []
 
 
-class ConvInput:
-    """Stands for the input of a convolution that is to return a promise."""
+class Call:
+    """One call of a deferred convolution: its input, and what must stay as it was until its activation.
+
+    It is no part of the objects that stand for tensors because every attribute of those, who have ``__getattr__``, is
+    slow to read.
+
+    Attributes:
+        mode: :func:`grad_mode` and :func:`_autocast` at the call.
+        version: :func:`_version` of ``x`` at the call.
+        dtype: of the convolution's result.
+    """
 
     def __init__(self, x: Tensor, scope: Scope, expected: Expected) -> None:
         self.x = x
         self.scope = scope
         self.expected = expected
+        self.device = x.device
+        self.device_type = self.device.type
+        self.autocast = _autocast(self.device_type)
+        self.mode = (scope.mode, self.autocast)
         self.version = _version(x)
-        self.autocast = _autocast(x.device.type)
-        enabled, dtype = self.autocast
-        self.dtype = dtype if enabled and x.dtype != torch.float64 else x.dtype  # of the convolution's result
+        self.dtype = x.dtype if self.autocast is None or x.dtype == torch.float64 else self.autocast
 
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        first = args[0] if args else None
-        if isinstance(first, cls):
-            if func is F.conv2d:
-                convolution = first._convolution(*args[1:], **kwargs)
-                return F.conv2d(first.x, *args[1:], **kwargs) if convolution is None else Promise(first, convolution)
-            if func is F.pad:  # padding_mode other than 'zeros'
-                return cls(F.pad(first.x, *args[1:], **kwargs), first.scope, first.expected)
-        return func(*_tensors(args), **_tensors(kwargs))
-
-    def _convolution(
+    def convolution(
         self, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
     ) -> tuple[Any, ...] | None:
         """The arguments of ``conv2d``, padding in numbers; None where the operator refuses what PyTorch may take."""
         x = self.x
-        if not _is_plain(weight) or weight.device != x.device or self.dtype not in _MAP_DTYPES[x.device.type]:
+        if not _is_plain(weight) or weight.device != self.device or self.dtype not in _MAP_DTYPES[self.device_type]:
             return None
-        if weight.dtype != x.dtype and not self.autocast[0]:
+        if weight.dtype != x.dtype and self.autocast is None:
             return None
         if padding == "valid":
             padding = 0
@@ -228,8 +221,36 @@ class ConvInput:
                 padding = (0, 0)
         return x, weight, bias, stride, padding, dilation, groups
 
+    def takes_per_channel(self, tensors: tuple[Tensor | None, ...]) -> bool:
+        """Whether the operator reads such statistics, scale and shift."""
+        dtypes = (self.dtype, torch.float64 if self.dtype == torch.float64 else torch.float32)
+        for t in tensors:
+            if t is not None and not (_is_plain(t) and t.dtype in dtypes and t.device == self.device):
+                return False
+        return True
+
+
+class ConvInput:
+    """Stands for the input of a convolution that is to return a promise."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        if isinstance(first, cls):
+            call = first.call
+            if func is F.conv2d:
+                convolution = call.convolution(*args[1:], **kwargs)
+                return F.conv2d(call.x, *args[1:], **kwargs) if convolution is None else Promise(call, convolution)
+            if func is F.pad:  # padding_mode other than 'zeros'
+                return cls(Call(F.pad(call.x, *args[1:], **kwargs), call.scope, call.expected))
+        return func(*_tensors(args), **_tensors(kwargs))
+
     def tensor(self) -> Tensor:
-        return self.x
+        return self.call.x
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.tensor(), name)
@@ -245,16 +266,16 @@ class Promise:
     """
 
     def __init__(
-        self, source: ConvInput, convolution: tuple[Any, ...], batch_norm: Any = None, residual: Tensor | None = None
+        self, call: Call, convolution: tuple[Any, ...], batch_norm: Any = None, residual: Tensor | None = None
     ) -> None:
-        self.source = source
+        self.call = call
         self.convolution = convolution
         self.batch_norm = batch_norm
         self.residual = residual
-        self.exits = source.expected.exits
-        self.dtype = source.dtype
+        self.exits = call.expected.exits
+        self.dtype = call.dtype
         self.is_fulfilled = False  # by what follows it
-        self._residual_version = 0 if residual is None else _version(residual)
+        self._residual_version = None if residual is None else _version(residual)
         self._tensor: Tensor | None = None
 
     ndim = 4  # with dim(), dtype and device: what may be asked without computing anything
@@ -264,18 +285,19 @@ class Promise:
 
     @property
     def device(self) -> torch.device:
-        return self.source.x.device
+        return self.call.device
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         first = args[0] if args else None
-        if func is F.batch_norm and isinstance(first, cls):
-            return first._normalise(*args[1:], **kwargs)
-        if isinstance(first, cls) and first._is_open(normalised=True):
-            activation = activation_of(func, args, kwargs)
-            if activation is not None:
-                return first._compute(**activation)
+        if isinstance(first, cls):
+            if func is F.batch_norm:
+                return first._normalise(*args[1:], **kwargs)
+            if func in _ACTIVATION_FUNCTIONS and first._is_open(normalised=True):
+                activation = activation_of(func, args, kwargs)
+                if activation is not None:
+                    return first._compute(**activation)
         if func in _ADDITIONS and len(args) == 2 and not kwargs:
             pair = args if isinstance(first, cls) else (args[1], first)
             return pair[0]._add(pair[1])
@@ -285,7 +307,8 @@ class Promise:
         return self._add(other)
 
     def __iadd__(self, other: Any) -> Any:  # nothing else can see the sum that this would have overwritten
-        return self._add(other) if self._takes(other) else self.tensor().add_(_tensors(other))
+        promise = self._sum(other)
+        return self.tensor().add_(_tensors(other)) if promise is None else promise
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.tensor(), name)
@@ -293,8 +316,9 @@ class Promise:
     def tensor(self) -> Tensor:
         """What the unfused modules would have given."""
         if self._tensor is None:
-            grad, (enabled, dtype) = self.source.scope.mode.enabled, self.source.autocast
-            with torch.set_grad_enabled(grad), torch.autocast(self.device.type, dtype, enabled):
+            call = self.call
+            (grad_enabled, _), dtype = call.mode
+            with torch.set_grad_enabled(grad_enabled), torch.autocast(call.device_type, dtype, dtype is not None):
                 self._check_unchanged()
                 if self.batch_norm is None:
                     self._tensor = F.conv2d(*self.convolution)
@@ -314,35 +338,34 @@ class Promise:
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Any:
-        if any(p.batch_norm[0] is running_mean for p in self.source.scope.waiting):
-            self.source.scope.settle()  # one batch after the other
+        call = self.call
+        scope, expected = call.scope, call.expected
+        for earlier in scope.waiting:
+            if earlier.batch_norm[0] is running_mean:
+                scope.settle()  # one batch after the other
+                break
         arguments = (running_mean, running_var, weight, bias, training, momentum, eps)
-        tensors = [t for t in arguments[:4] if t is not None]
-        device, dtypes = self.device, (self.dtype, self.dtype if self.dtype == torch.float64 else torch.float32)
         if not (
             self._is_open(normalised=False)
-            and all(_is_plain(t) and t.dtype in dtypes and t.device == device for t in tensors)
+            and call.takes_per_channel(arguments[:4])
             and (running_mean is None) == (running_var is None)
             and (training or running_mean is not None)
             and 0.0 <= momentum <= 1.0
             and eps > 0.0
         ):
             return F.batch_norm(self.tensor(), *arguments)
-        promise = self._next(arguments)
-        expected = self.source.expected
-        if not (expected.act or expected.add):
-            return promise._compute("identity")
-        if promise._updates_statistics():
-            self.source.scope.wait_for(promise)
-        return promise
+        promise = Promise(call, self.convolution, arguments)
+        return self._hand_over(promise, expected.act or expected.add)
 
-    def _next(self, batch_norm: tuple[Any, ...], residual: Tensor | None = None) -> Promise:
-        promise = Promise(self.source, self.convolution, batch_norm, residual)
+    def _hand_over(self, promise: Promise, more_follows: bool) -> Any:
+        """``promise`` takes the place of this one, and is computed unless it is to wait for what follows."""
         self.is_fulfilled = True
+        if not more_follows:
+            return promise._compute("identity")
+        running_mean, _, _, _, training, _, _ = promise.batch_norm
+        if training and running_mean is not None:
+            self.call.scope.wait_for(promise)
         return promise
-
-    def _updates_statistics(self) -> bool:
-        return bool(self.batch_norm[4]) and self.batch_norm[0] is not None
 
     def _again(self) -> Tensor:
         running_mean, running_var, weight, bias, training, _, eps = self.batch_norm
@@ -353,32 +376,36 @@ class Promise:
 
     def _takes(self, other: Any) -> bool:
         """Whether the operator can add ``other``: a map of the same shape, dtype and device."""
-        if not (self.source.expected.add and self._is_open(normalised=True) and _is_plain(other)):
+        call = self.call
+        if not (call.expected.add and self.residual is None and _is_plain(other) and self._is_open(normalised=True)):
             return False
         x, weight, _, stride, padding, dilation, _ = self.convolution
         shape = (x.size(0), weight.size(0), *functional._conv_size(x, weight, stride, padding, dilation))
-        same_kind = other.dtype == self.dtype and other.device == self.device
-        return same_kind and tuple(other.shape) == shape and self.residual is None
+        return other.dtype == call.dtype and other.device == call.device and tuple(other.shape) == shape
+
+    def _sum(self, other: Any) -> Any:
+        """This and ``other``; None where the operator does not add them."""
+        if not self._takes(other):
+            return None
+        promise = Promise(self.call, self.convolution, self.batch_norm, other)
+        return self._hand_over(promise, self.call.expected.act)
 
     def _add(self, other: Any) -> Any:
-        if not self._takes(other):
-            return self.tensor() + _tensors(other)
-        promise = self._next(self.batch_norm, other)
-        if not self.source.expected.act:
-            return promise._compute("identity")
-        if promise._updates_statistics():
-            self.source.scope.wait_for(promise)
-        return promise
+        promise = self._sum(other)
+        return self.tensor() + _tensors(other) if promise is None else promise
 
     def _is_open(self, normalised: bool) -> bool:
         """Whether what follows may still be fused: not computed yet, and PyTorch in the state it was in."""
         if self.is_fulfilled or self._tensor is not None or (self.batch_norm is not None) != normalised:
             return False
-        return self.source.scope.mode.is_unchanged() and _autocast(self.device.type) == self.source.autocast
+        call = self.call
+        return (grad_mode(), _autocast(call.device_type)) == call.mode
 
     def _check_unchanged(self) -> None:
-        residual = 0 if self.residual is None else _version(self.residual)
-        if self.source.version != _version(self.source.x) or self._residual_version != residual:
+        call, residual_version = self.call, self._residual_version
+        if (call.version is not None and call.x._version != call.version) or (
+            residual_version is not None and cast(Tensor, self.residual)._version != residual_version
+        ):
             raise RuntimeError(
                 "a fused convolution's input or residual was modified in place before its batch norm and activation "
                 "ran: this model needs layerwise_ext.unfuse_(model)"
