@@ -22,8 +22,9 @@ NUM_CLASSES = 10
 IMAGE_SIZE = 32
 
 LAYERS = "layers"  # this package's layers one by one, without a chain
+SEGMENTS = ("segments:3", "segments:8", "segments:all")  # the chain; all but its last segment are run again
 CHECKPOINTS = ("checkpoint:1", "checkpoint:2", "checkpoint:4")  # eager, that many layers or blocks to a segment
-STEPS = (OURS, LAYERS, EAGER, COMPILE, *CHECKPOINTS)
+STEPS = (OURS, *SEGMENTS, LAYERS, EAGER, COMPILE, *CHECKPOINTS)
 
 # Output channels in multiples of the width: of a layer, and (kind, channels, stride) of a block; "M" is a max-pool.
 Item = int | str | tuple[str, int, int]
@@ -185,11 +186,14 @@ def training_step(name: str, case: Case, dtype: torch.dtype, x: Tensor, target: 
     network = eager_network(case).to(x.device)
     features, head = network
     forward: Callable[[Tensor], Tensor] = network
-    if name in (OURS, LAYERS):
+    if name in (OURS, *SEGMENTS, LAYERS):
         import layerwise_ext as lw
 
         fused = _fused_features(features)
-        network = nn.Sequential(lw.nn.FusedChain(*fused) if name == OURS else nn.Sequential(*fused), head)
+        parts = name.partition(":")[2] or "1"
+        segments = len(fused) if parts == "all" else min(int(parts), len(fused))
+        chain = nn.Sequential(*fused) if name == LAYERS else lw.nn.FusedChain(*fused, segments=segments)
+        network = nn.Sequential(chain, head)
         forward = network
     elif name in CHECKPOINTS:
         network = nn.Sequential(Checkpointed(features, int(name.partition(":")[2])), head)

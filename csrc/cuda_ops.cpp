@@ -247,7 +247,7 @@ Tensor conv_bn_act_inference(Tensor input, Tensor conv_weight, OptionalTensor co
   if ((!relu && activation != "identity") || residual.has_value() || downsample != "none")
     return std::get<0>(conv_bn_act_moments(input, conv_weight, conv_bias, weight, bias, mean, var, stride, padding,
                                            dilation, groups, eps, activation, negative_slope, upper_slope, slope, seed,
-                                           residual, downsample, window, ceil_mode, bins, false));
+                                           residual, downsample, window, ceil_mode, bins, false, true));
   const Device device(input);
   const ScalarType dtype = input.scalar_type();
   const bool foldable = conv_weight.scalar_type() == dtype ||

@@ -607,6 +607,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(bool overwrite, Tensor z, Optio
   std::optional<Tensor> grad_input;
   if (needs_input && plain) grad_input = winograd_input_gradient(dz, input, conv_weight, kernel);
   if (needs_weight || (needs_input && !grad_input.has_value())) {
+    if (needs_input && !grad_input.has_value()) cpu::make_room(input.numel() * input.element_size());
     const auto [other_input, other_weight] =
         convolution_gradients(dz, input, conv_weight, stride, padding, dilation, groups,
                               needs_input && !grad_input.has_value(), needs_weight);

@@ -24,7 +24,7 @@ import harness  # noqa: E402
 import networks  # noqa: E402
 import readme_table  # noqa: E402
 import roofline  # noqa: E402
-from chain_peers import CHECKPOINTS, LAYERS, Case  # noqa: E402
+from chain_peers import CHECKPOINTS, LAYERS, SEGMENTS, Case  # noqa: E402
 from layerwise_ext import _memory  # noqa: E402
 from peers import COMPILE, CONTIGUOUS, CONVOLUTION, EAGER, OURS, Row  # noqa: E402
 
@@ -279,7 +279,7 @@ def test_chain_result_file(tmp_path, monkeypatch):
         (network, dtype) for network in ("vgg16", "resnet18", "resnet50") for dtype in ("fp32", "bf16")
     ]
     for entry in result["rows"]:
-        assert entry["milliseconds"].keys() == {OURS, LAYERS, EAGER, *CHECKPOINTS}
+        assert entry["milliseconds"].keys() == {OURS, *SEGMENTS, LAYERS, EAGER, *CHECKPOINTS}
         assert entry["ratio"].keys() == {LAYERS, EAGER, *CHECKPOINTS}
         assert entry["error"].keys() == entry["milliseconds"].keys()
     assert result["summary"]["fp32"]["ratio"][EAGER].keys() == {"geometric_mean", "worst"}

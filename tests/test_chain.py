@@ -16,7 +16,7 @@ import layerwise_ext as lw
 import pytest
 import torch
 import torch.nn.functional as F
-from layerwise_ext import _chain, _memory
+from layerwise_ext import _chain, _memory, functional
 from layerwise_ext.nn import ConvBNReLU2d, FusedChain, Residual
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -154,6 +154,91 @@ def test_chain_equals_its_layers_one_by_one(name: str, dtype: torch.dtype, layou
         compare(results(chain, x), results(peer, x), TOLERANCE[dtype])
         peer.zero_grad()
         chain.zero_grad()
+
+
+@even_kernel
+@pytest.mark.parametrize("segments", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NETS)
+def test_segments(name: str, dtype: torch.dtype, segments: int) -> None:
+    peer, chain = pair(name, dtype, "channels_last")
+    chain = FusedChain(*chain, segments=min(segments, len(chain)))
+    for _ in range(2):
+        x = images(dtype=dtype, layout="channels_last")
+        compare(results(chain, x), results(peer, x), TOLERANCE[dtype])
+        peer.zero_grad()
+        chain.zero_grad()
+
+
+def test_segments_keep_their_inputs_alone() -> None:
+    layers = [conv3(3, 8), conv3(8, 8), conv3(8, 8), conv3(8, 8), conv3(8, 8)]
+    chain, x, kept = FusedChain(*layers, segments=2), images(dtype=torch.float32), []
+
+    def keep(t: Tensor) -> Tensor:
+        if t.dim() == 4 and t.size(0) == len(x):
+            kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = chain(x)
+    ((y - 1) ** 2).sum().backward()
+    # Inputs of both segments, then the three pre-activations of the second.
+    assert len({t.data_ptr() for t in kept}) == 2 + 3
+    assert all(layer.bn.num_batches_tracked == 1 for layer in layers)
+
+
+@pytest.mark.parametrize("name", ["vgg", "resnet"])
+def test_segments_in_autograd(name: str) -> None:
+    """A second backward pass, frozen layers, autocast, evaluation mode, moments."""
+    peer, chain = pair(name, torch.float32, "channels_last")
+    for module in (peer, chain):
+        for parameter in module[0].parameters():
+            parameter.requires_grad_(False)
+        module[1].eval()
+    chain.segments = 3
+    x = images(dtype=torch.float32, layout="channels_last")
+    gradients = []
+    for module in (peer, chain):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = weighted(module(x).float())
+        loss.backward(retain_graph=True)
+        loss.backward()
+        gradients.append({key: p.grad for key, p in module.named_parameters()})
+    for key, expected in gradients[0].items():
+        actual = gradients[1][key]
+        assert (actual is None) == (expected is None), key
+        if expected is not None:
+            assert (actual - expected).norm() <= 1e-2 * expected.norm() + 1e-6, key
+    y, m1, _ = chain.forward_moments(x, (2, 2))
+    torch.testing.assert_close(m1, F.adaptive_avg_pool2d(y, 2) * functional.cell_area(y.shape[2:], 2))
+
+
+def test_a_layer_in_two_segments() -> None:
+    layer = randomise(conv3(3, 3)).double()
+    x = images()
+    plain, chain = nn.Sequential(layer, layer, layer), FusedChain(layer, layer, layer, segments=3)
+    gradients = []
+    for module in (plain, chain):
+        state = copy.deepcopy(layer.state_dict())
+        layer.zero_grad()
+        weighted(module(x)).backward()
+        gradients.append([p.grad.clone() for p in layer.parameters()])
+        gradients[-1] += [t.clone() for t in layer.buffers()]
+        layer.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_segments_of_random_slopes() -> None:
+    layers = [ConvBNReLU2d(3, 3, 3, padding=1, activation="rrelu", dtype=torch.float64) for _ in range(2)]
+    plain, chain = nn.Sequential(*layers), FusedChain(*copy.deepcopy(layers), segments=2)
+    x = images()
+    compare(results(chain, x), results(plain, x), 1e-12)
+
+
+@pytest.mark.parametrize("segments", [0, 3])
+def test_number_of_segments(segments: int) -> None:
+    with pytest.raises(ValueError, match=f"between 1 and the number of layers, 2, got {segments}"):
+        FusedChain(conv3(3, 4), conv3(4, 4), segments=segments)
 
 
 class Plain(nn.Module):

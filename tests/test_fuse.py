@@ -15,7 +15,7 @@ import layerwise_ext as lw
 import pytest
 import torch
 import torch.nn.functional as F
-from layerwise_ext import functional
+from layerwise_ext import data, functional
 from layerwise_ext.fuse import hooks
 from torch import Tensor, nn
 from torch.utils import checkpoint
@@ -835,6 +835,33 @@ def test_exported(name: str, strict: bool) -> None:
     assert sum("layerwise_ext.conv_bn_act" in target for target in found) == expected
     torch.testing.assert_close(program.module()(x), peer.eval()(x), **TOLERANCE)
     assert not any("training" in key for key in program.state_dict)
+
+
+# -- Training ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_on_digits() -> None:
+    """The same loss at each step, with an optimizer that was made before the model was fused."""
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    images, labels = data.load("digits")[:2]
+    x = (images.double() / 255).expand(-1, 3, -1, -1)
+    peer = fuse_models.build("resnet")
+    model = copy.deepcopy(peer)
+    curves = []
+    for module in (model, peer):
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.02, momentum=0.9)
+        if module is model:
+            lw.fuse_(model)
+        losses = []
+        for start in range(0, len(x), 64):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(module(x[start : start + 64]).flatten(1), labels[start : start + 64] % 3)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        curves.append(losses)
+    assert curves[0] == pytest.approx(curves[1], rel=1e-9)
+    assert curves[0][-1] < curves[0][0]
 
 
 # -- Libraries, where they are installed -------------------------------------------------------------------------------

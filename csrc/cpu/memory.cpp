@@ -41,8 +41,7 @@ class Pool {
     const std::lock_guard lock(mutex_);
     void* block = take_cached(bytes);
     if (block == nullptr) {
-      // A new block replaces cached ones, oldest first, beyond the largest amount that was ever in use at once.
-      shrink_cache(std::max<int64_t>(0, peak_ - live_ - bytes));
+      replace_cached(bytes);
       block = map_pages(bytes);
     }
     sizes_[block] = bytes;
@@ -71,6 +70,11 @@ class Pool {
     shrink_cache(limit_);
   }
 
+  void make_room(int64_t bytes) {
+    const std::lock_guard lock(mutex_);
+    replace_cached(bytes);
+  }
+
   void set_limit(int64_t bytes) {
     const std::lock_guard lock(mutex_);
     limit_ = bytes;
@@ -97,6 +101,9 @@ class Pool {
 
     char* end() const { return block + bytes; }
   };
+
+  // New memory replaces cached blocks, oldest first, beyond the largest amount that was ever in use at once.
+  void replace_cached(int64_t bytes) { shrink_cache(std::max<int64_t>(0, peak_ - live_ - bytes)); }
 
   // From the smallest fitting block; among equals the one freed last, which is the most likely to be in a cache.  What is
   // left of it stays free.
@@ -144,6 +151,7 @@ Pool& pool() {
 
 void* acquire(int64_t bytes) { return pool().acquire(bytes); }
 void release(void* block) { pool().release(block); }
+void make_room(int64_t bytes) { pool().make_room(bytes); }
 
 void set_cache_limit(int64_t bytes) {
   if (bytes < 0) throw std::invalid_argument("cache limit must be at least 0 bytes, got " + std::to_string(bytes));

@@ -17,6 +17,9 @@ constexpr int64_t kPooledBytes = 4 << 20;
 // Throws std::bad_alloc.  The memory is aligned to 64 KiB and uninitialised.
 void* acquire(int64_t bytes);
 void release(void* block);
+// Before so many bytes are allocated elsewhere: gives back cached blocks, so that both together stay within the largest
+// amount that was ever in use at once.
+void make_room(int64_t bytes);
 
 void set_cache_limit(int64_t bytes);  // throws std::invalid_argument for a negative value
 int64_t cache_limit();

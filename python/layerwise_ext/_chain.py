@@ -14,8 +14,8 @@ that it read: they are recomputed from the z of the nodes that gave them, which 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -124,6 +124,58 @@ def _forward_layer(
         count = z.numel() // z.size(1)
         operators.update_running_statistics_(*step.running, mean, var, conv_bias, count, step.momentum)
     return y, m1, m2, sums, mean, var, z
+
+
+# -- Segments that are run again in the backward pass ------------------------------------------------------------------
+
+
+def run_again(steps: Sequence[Step], x: Tensor) -> Tensor:
+    """The last value of :func:`run`, of which nothing is kept but x: the backward pass runs the steps again.
+
+    Batches are counted and running statistics move once, random slopes are the same both times.
+    """
+    tensors = [t for step in steps if isinstance(step, Layer) for t in step.parameters if t is not None]
+    y: Tensor = _AgainNode.apply(steps, x, *dict.fromkeys(tensors))
+    return y
+
+
+class _AgainNode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, steps: Sequence[Step], x: Tensor, *parameters: Tensor) -> Any:
+        device = x.device.type
+        ctx.steps = steps
+        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        ctx.save_for_backward(x, *parameters)
+        return run(steps, x, [], False)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> Any:
+        # Leaves of a graph of its own, which share the memory of the parameters.
+        x, *parameters = (
+            t.detach().requires_grad_(needed)
+            for t, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
+        )
+        leaves = iter(parameters)
+        leaf_of: dict[Tensor, Tensor] = {}
+        steps = [_with_leaves(step, leaf_of, leaves) for step in ctx.steps]
+        device, dtype, enabled = ctx.autocast
+        with torch.enable_grad(), torch.autocast(device, dtype, enabled):
+            output = torch.autograd.graph.get_gradient_edge(run(steps, x, [], False)[0])  # without its values
+        wanted = [t for t in (x, *parameters) if t.requires_grad]
+        gradients = iter(torch.autograd.grad([output], wanted, [grad_y.detach()]))
+        of_inputs = tuple(next(gradients) if t.requires_grad else None for t in (x, *parameters))
+        return None, *_once_differentiable(of_inputs)
+
+
+def _with_leaves(step: Step, leaf_of: dict[Tensor, Tensor], leaves: Iterator[Tensor]) -> Step:
+    """The step with the next leaves in the place of parameters that are new, and without running statistics to move."""
+    if isinstance(step, Pool):
+        return step
+    for t in step.parameters:
+        if t is not None and t not in leaf_of:
+            leaf_of[t] = next(leaves)
+    parameters = tuple(None if t is None else leaf_of[t] for t in step.parameters)
+    return replace(step, parameters=parameters, running=(None, None) if step.training else step.running)
 
 
 # -- Memory of a backward pass -----------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -89,22 +89,31 @@ class FusedChain(nn.Sequential):
     Args:
         layers: modules of the kinds :class:`ConvBNReLU2d`, :class:`Residual`, nn.MaxPool2d, nn.AvgPool2d, nn.Identity,
             and nn.Sequential or FusedChain of these. Dropout is not among them: put it between two chains.
+        segments: number of parts, of nearly equally many children each. Of every one but the last its input alone is
+            kept, and the backward pass runs it again, with its convolutions, as
+            :func:`torch.utils.checkpoint.checkpoint_sequential` does; running statistics move once all the same. A
+            chain within a chain is taken apart, its own segments do not count.
 
     Shapes:
         input ``[N, C, H, W]``; output that of the last layer.
 
     Raises:
         TypeError: another module.
+        ValueError: ``segments`` below 1 or above the number of children.
     """
 
-    def __init__(self, *layers: nn.Module) -> None:
+    def __init__(self, *layers: nn.Module, segments: int = 1) -> None:
         super().__init__(*layers)
         _check(self)
+        if not 1 <= segments <= max(1, len(self)):
+            raise ValueError(f"segments must lie between 1 and the number of layers, {len(self)}, got {segments}")
+        self.segments = segments
 
     def forward(self, input: Tensor) -> Tensor:
         if self._is_plain(input):
             return cast(Tensor, super().forward(input))
-        return _chain.run(_Program(self).steps, input, [], False)[0]
+        x, program = self._to_last_segment(input)
+        return _chain.run(program.steps, x, [], False)[0]
 
     def forward_moments(
         self, x: Tensor, bins: tuple[int, int], second_moment: bool = True
@@ -120,12 +129,25 @@ class FusedChain(nn.Sequential):
             if isinstance(last, (ConvBNReLU2d, Residual, FusedChain)):
                 return last.forward_moments(x, bins, second_moment)
             return _dense_moments(last(x), bins, second_moment)
-        program = _Program(self)
+        x, program = self._to_last_segment(x)
         if not program.ends_in_a_layer:
             y, _, _ = _chain.run(program.steps, x, [], False)
             return _dense_moments(y, bins, second_moment)
         y, m1, m2 = _chain.run(program.steps, x, list(bins), second_moment)
         return y, m1, m2 if second_moment else cast(Tensor, None)
+
+    def _to_last_segment(self, x: Tensor) -> tuple[Tensor, _Program]:
+        """The last segment and its input."""
+        children, count = list(self), self.segments
+        programs = [
+            _Program(children[i * len(children) // count : (i + 1) * len(children) // count]) for i in range(count)
+        ]
+        for program in programs[:-1]:
+            x = _chain.run_again(program.steps, x)
+        return x, programs[-1]
+
+    def extra_repr(self) -> str:
+        return "" if self.segments == 1 else f"segments={self.segments}"
 
     def _is_plain(self, x: Tensor) -> bool:
         """Whether the layers are called one by one."""
@@ -144,16 +166,18 @@ def _dense_moments(y: Tensor, bins: tuple[int, int], second_moment: bool) -> tup
 
 
 class _Program:
-    """The steps of a chain as its modules are now; counts the batch in each layer."""
+    """The steps of modules in a row as they are now; counts the batch in each layer."""
 
-    def __init__(self, chain: FusedChain) -> None:
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.steps: list[_chain.Step] = []
-        self._add(chain, 0)
+        value = 0
+        for module in modules:
+            value = self._add(module, value)
 
     @property
     def ends_in_a_layer(self) -> bool:
         """Whether the last step gives moments."""
-        return isinstance(self.steps[-1], _chain.Layer)
+        return bool(self.steps) and isinstance(self.steps[-1], _chain.Layer)
 
     def _add(self, module: nn.Module, value: int) -> int:
         """Appends the steps of a module that reads ``value``; the value that it gives."""
