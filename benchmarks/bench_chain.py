@@ -26,13 +26,12 @@ import layerwise_ext as lw
 import peak_memory
 import torch
 import torch._dynamo
-from chain_peers import CASES, CHECKPOINTS, SEGMENTS, STEPS, Case, inputs, outcome, reference_step, training_step
+from chain_peers import CASES, CHAINS, CHECKPOINTS, STEPS, Case, inputs, outcome, reference_step, training_step
 from harness import RESULTS, Quartiles, Sampling, environment, geometric_mean, interleave, ratios, write_json
 from layerwise_ext import _C, _memory
 from peers import COMPILE, DTYPES, EAGER, OURS, TrainingStep
 
 PEERS = tuple(name for name in STEPS if name != OURS)
-CHAINS = (OURS, *SEGMENTS)
 FULL = Sampling(warmup=1, min_rounds=5, max_rounds=30, seconds=30.0)
 QUICK = Sampling(warmup=1, min_rounds=3, max_rounds=5, seconds=1.0)
 QUICK_CASES = (Case("vgg16", 16, 16), Case("resnet18", 16, 16))

@@ -21,10 +21,11 @@ from torch.utils.checkpoint import checkpoint
 NUM_CLASSES = 10
 IMAGE_SIZE = 32
 
-LAYERS = "layers"  # this package's layers one by one, without a chain
 SEGMENTS = ("segments:3", "segments:8", "segments:all")  # the chain; all but its last segment are run again
+CHAINS = (OURS, *SEGMENTS)
+LAYERS = "layers"  # this package's layers one by one, without a chain
 CHECKPOINTS = ("checkpoint:1", "checkpoint:2", "checkpoint:4")  # eager, that many layers or blocks to a segment
-STEPS = (OURS, *SEGMENTS, LAYERS, EAGER, COMPILE, *CHECKPOINTS)
+STEPS = (*CHAINS, LAYERS, EAGER, COMPILE, *CHECKPOINTS)
 
 # Output channels in multiples of the width: of a layer, and (kind, channels, stride) of a block; "M" is a max-pool.
 Item = int | str | tuple[str, int, int]

@@ -7,19 +7,21 @@ if README.md does not say what the results say.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench_stage import memory_ratio
+from chain_peers import CHAINS, Case
 from harness import REPOSITORY, RESULTS
+from networks import JOINT, JOINT_COMPILE
+from networks import OURS as OURS_LOCAL
 from peers import COMPILE, CONTIGUOUS, EAGER, OURS, Row
 
-BEGIN = "<!-- bench_stage:begin -->"
-END = "<!-- bench_stage:end -->"
-NOTHING_YET = "No results are recorded; `python benchmarks/bench_stage.py` makes them."
+NOTHING_YET = "No results are recorded; `bash benchmarks/run_all.sh` makes them."
 
 
 def tables(results: Path) -> str:
@@ -74,7 +76,6 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _caption(result: dict[str, Any]) -> str:
-    machine, versions, commit = result["machine"], result["versions"], result["commit"]
     spread = max(
         (time["q3"] - time["q1"]) / 2 / time["median"]
         for entry in result["rows"]
@@ -86,14 +87,8 @@ def _caption(result: dict[str, Any]) -> str:
         f"{summary['ratio'][CONTIGUOUS]['geometric_mean']:.2f}x ({dtype})"
         for dtype, summary in result["summary"].items()
     )
-    revision = "no commit" if commit["hash"] is None else f"commit {commit['hash'][:12]}"
-    if commit["dirty"]:
-        revision += " with changes"
     return (
-        f"{machine['cpu']}, {machine['threads']} threads on {machine['cores']} cores, {machine['memory_gib']} GiB "
-        f"({machine['layerwise_cpu_capability']} kernels); torch {versions['torch']} "
-        f"({machine['torch_cpu_capability']}), Python {versions['python']}, {versions['compiler']}; "
-        f"{revision}, {result['date'][:10]}.\n\n"
+        f"{_origin(result)}\n\n"
         "*ms*: one training step of the stage with this package. *vs eager*, *vs compile*: how many times as long the "
         "same step takes in plain PyTorch, channels_last, and in `torch.compile` of it. *memory*: peak of a step "
         "beyond input and parameters, as a share of eager's. Against eager with contiguous maps the geometric mean is "
@@ -104,13 +99,84 @@ def _caption(result: dict[str, Any]) -> str:
     )
 
 
-def updated(readme: str, table: str) -> str:
-    """The README's text with everything between the markers replaced."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
-        raise ValueError(f"the README must have the lines {BEGIN} and {END} once each, in this order")
-    before, _, rest = readme.partition(BEGIN)
-    after = rest.partition(END)[2]
-    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+def _origin(result: dict[str, Any]) -> str:
+    machine, versions, commit = result["machine"], result["versions"], result["commit"]
+    revision = "no commit" if commit["hash"] is None else f"commit {commit['hash'][:12]}"
+    if commit["dirty"]:
+        revision += " with changes"
+    return (
+        f"{machine['cpu']}, {machine['threads']} threads on {machine['cores']} cores, {machine['memory_gib']} GiB "
+        f"({machine['layerwise_cpu_capability']} kernels); torch {versions['torch']} "
+        f"({machine['torch_cpu_capability']}), Python {versions['python']}, {versions['compiler']}; "
+        f"{revision}, {result['date'][:10]}."
+    )
+
+
+# -- Whole networks ----------------------------------------------------------------------------------------------------
+
+
+def networks(results: Path) -> str:
+    """Markdown for the complete results of bench_local.py, bench_chain.py and bench_model.py on the CPU."""
+    header = ["step", "dtype", "ms", "vs eager", "vs compile", "memory"]
+    lines, origins = [], []
+    for name, rows in (("bench_local", _local_rows), ("bench_chain", _chain_rows), ("bench_model", _model_rows)):
+        path = results / f"{name}-cpu.json"
+        result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if result is not None and result["settings"]["complete"]:
+            lines += [_line(row) for row in rows(result)]
+            origins.append(f"`{name}.py`: {_origin(result)}")
+    if not lines:
+        return NOTHING_YET
+    return "\n".join([_line(header), _line(["---"] + ["---:"] * 5), *lines, "", *dict.fromkeys(origins)])
+
+
+def _numbers(ours: float, eager: float | None, compiled: float | None, memory: float | None) -> list[str]:
+    ratios = ["" if peer is None else f"{peer / ours:.2f}x" for peer in (eager, compiled)]
+    return [f"{ours:.1f}", *ratios, "" if memory is None else f"{memory:.2f}"]
+
+
+def _local_rows(result: dict[str, Any]) -> Iterator[list[str]]:
+    for kind, entry in itertools.product(("pred", "predsim", "predsim projected"), result["cases"]):
+        ms = {name: time["median"] for name, time in entry["milliseconds"].items()}
+        name = OURS_LOCAL[kind]
+        memory = entry["peak_bytes"][name] / entry["peak_bytes"][JOINT]
+        what = f"VGG8b, batch {entry['case']['batch']}: all stages with local {kind}; peers: joint"
+        yield [what, entry["dtype"], *_numbers(ms[name], ms[JOINT], ms[JOINT_COMPILE], memory)]
+
+
+def _chain_rows(result: dict[str, Any]) -> Iterator[list[str]]:
+    for entry, name in itertools.product(result["rows"], CHAINS):
+        ms = {contestant: time["median"] for contestant, time in entry["milliseconds"].items()}
+        memory = entry["activation_bytes"][name] / entry["activation_bytes"][EAGER]
+        segments = "" if name == OURS else f", {name.partition(':')[2]} segments"
+        what = f"{Case(**entry['case'])}: joint, `FusedChain`{segments}"
+        yield [what, entry["dtype"], *_numbers(ms[name], ms[EAGER], ms[COMPILE], memory)]
+
+
+def _model_rows(result: dict[str, Any]) -> Iterator[list[str]]:
+    for entry in result["cases"]:
+        ms = {name: time["median"] for name, time in entry["milliseconds"].items()}
+        case = entry["case"]
+        mode = "inference" if case["mode"] == "infer" else "training"
+        what = f"{case['network']}, {case['batch']} x {case['size']}x{case['size']}: {mode}, `fuse_`"
+        yield [what, entry["dtype"], *_numbers(ms["fuse_"], ms["eager channels_last"], ms["compile"], None)]
+
+
+# -- The README --------------------------------------------------------------------------------------------------------
+
+BLOCKS = {"bench_stage": tables, "networks": networks}
+
+
+def updated(readme: str, blocks: dict[str, str]) -> str:
+    """The README's text with everything between the markers of each block replaced."""
+    for name, table in blocks.items():
+        begin, end = (f"<!-- {name}:{place} -->" for place in ("begin", "end"))
+        if readme.count(begin) != 1 or readme.count(end) != 1 or readme.index(begin) > readme.index(end):
+            raise ValueError(f"the README must have the lines {begin} and {end} once each, in this order")
+        before, _, rest = readme.partition(begin)
+        after = rest.partition(end)[2]
+        readme = f"{before}{begin}\n{table}\n{end}{after}"
+    return readme
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     old = arguments.readme.read_text(encoding="utf-8")
     try:
-        new = updated(old, tables(arguments.results))
+        new = updated(old, {name: text(arguments.results) for name, text in BLOCKS.items()})
     except ValueError as error:
         print(f"error: {arguments.readme.name}: {error}", file=sys.stderr)
         return 1

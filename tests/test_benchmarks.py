@@ -20,6 +20,7 @@ import bench_chain  # noqa: E402
 import bench_local  # noqa: E402
 import bench_model  # noqa: E402
 import bench_stage  # noqa: E402
+import chain_peers  # noqa: E402
 import harness  # noqa: E402
 import networks  # noqa: E402
 import readme_table  # noqa: E402
@@ -230,9 +231,13 @@ def complete(result):
     return result
 
 
+def markers(text: str) -> str:
+    return "\n".join(f"<!-- {name}:begin -->\n{text}\n<!-- {name}:end -->" for name in readme_table.BLOCKS)
+
+
 def test_readme_table(complete, tmp_path, capsys):
     readme = tmp_path / "README.md"
-    readme.write_text(f"# Title\n{readme_table.BEGIN}\nold\n{readme_table.END}\nafter\n")
+    readme.write_text(f"# Title\n{markers('old')}\nafter\n")
     options = ["--readme", str(readme), "--results", str(tmp_path)]
     partial = copy.deepcopy(complete)
     partial["settings"]["complete"] = False
@@ -253,11 +258,37 @@ def test_readme_table(complete, tmp_path, capsys):
     assert len({line.count("|") for line in rows}) == 1
 
 
+def test_readme_table_of_networks(complete, tmp_path):
+    head = {key: complete[key] for key in ("machine", "versions", "commit", "date", "settings")}
+    assert readme_table.networks(tmp_path) == readme_table.NOTHING_YET
+    times = dict.fromkeys((*networks.STEPS, *chain_peers.STEPS, "fuse_", "eager channels_last", "compile"), 3.0)
+    times |= {networks.OURS["predsim"]: 2.0, OURS: 1.5, "fuse_": 1.0}
+    entry = {
+        "dtype": "fp32",
+        "milliseconds": {name: {"median": time} for name, time in times.items()},
+        "peak_bytes": dict.fromkeys(networks.STEPS, 4) | {networks.OURS["predsim"]: 1},
+        "activation_bytes": dict.fromkeys(chain_peers.STEPS, 2) | {OURS: 1},
+    }
+    model = {"network": "resnet18", "mode": "infer", "batch": 2, "size": 32, "width": 1.0}
+    for name, part, case in (
+        ("local", "cases", {"batch": 8, "width": 1.0}),
+        ("chain", "rows", Case("vgg16", 8)._asdict()),
+        ("model", "cases", model),
+    ):
+        harness.write_json(tmp_path / f"bench_{name}-cpu.json", head | {part: [entry | {"case": case}]})
+    lines = readme_table.networks(tmp_path).splitlines()
+    assert (
+        "| VGG8b, batch 8: all stages with local predsim; peers: joint | fp32 | 2.0 | 1.50x | 1.50x | 0.25 |" in lines
+    )
+    assert "| vgg16 8: joint, `FusedChain` | fp32 | 1.5 | 2.00x | 2.00x | 0.50 |" in lines
+    assert "| resnet18, 2 x 32x32: inference, `fuse_` | fp32 | 1.0 | 3.00x | 3.00x |  |" in lines
+
+
 def test_readme_without_markers(tmp_path, capsys):
     readme = tmp_path / "README.md"
     readme.write_text("# Title\n")
     assert readme_table.main(["--readme", str(readme), "--results", str(tmp_path)]) == 1
-    assert readme_table.BEGIN in capsys.readouterr().err
+    assert "<!-- bench_stage:begin -->" in capsys.readouterr().err
 
 
 def test_readme_says_what_the_results_say():
