@@ -311,7 +311,7 @@ def test_chain_result_file(tmp_path, monkeypatch):
     ]
     for entry in result["rows"]:
         assert entry["milliseconds"].keys() == {OURS, *SEGMENTS, LAYERS, EAGER, *CHECKPOINTS}
-        assert entry["ratio"].keys() == {LAYERS, EAGER, *CHECKPOINTS}
+        assert entry["ratio"].keys() == {*SEGMENTS, LAYERS, EAGER, *CHECKPOINTS}
         assert entry["error"].keys() == entry["milliseconds"].keys()
     assert result["summary"]["fp32"]["ratio"][EAGER].keys() == {"geometric_mean", "worst"}
 
