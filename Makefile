@@ -13,7 +13,7 @@ bin := .venv/bin
 cxx := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 build_inputs := $(shell find csrc -type f) $(wildcard cmake/*) CMakeLists.txt pyproject.toml
 
-# Those that sanitize does not run through the CUDA kernels.
+# The operator tables run through the CUDA kernels in sanitize, and only there; these are the other tests of operators.
 simt_tests := $(addprefix tests/test_,autograd.py compile.py nn.py stage.py bad_input.py)
 
 .PHONY: all demo test bench lint format sanitize clean FORCE

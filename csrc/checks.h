@@ -78,6 +78,10 @@ inline bool is_interleaved(const Form& form) { return form.downsample == "space_
 // Channels of y for each of z.
 inline int64_t channel_step(const Form& form) { return is_interleaved(form) ? form.window[0] * form.window[1] : 1; }
 // Kinds of sums that the forward pass gathers, see ApplyParams.
+inline void check_outputs(const Form& form, bool needs_y) {
+  STD_TORCH_CHECK(needs_y || !form.bins.empty(), "needs_y=False needs bins: without both there is nothing to compute");
+}
+
 inline int64_t sum_kinds(const Form& form, bool second_moment) {
   return (second_moment ? 2 : 1) * (form.activation == "prelu" ? 3 : 2);
 }

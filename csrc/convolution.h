@@ -20,6 +20,7 @@ inline Shape convolution_shape(const Tensor& input, const Tensor& weight, const 
   STD_TORCH_CHECK(weight.dim() == 4,
                   "conv_weight must have 4 dimensions [out_channels, in_channels / groups, kH, kW], got ",
                   to_string(size_of(weight)));
+  STD_TORCH_CHECK(weight.numel() > 0, "conv_weight must not be empty, got shape ", to_string(size_of(weight)));
   check_device("conv_weight", weight, input);
   STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
                   "stride, padding and dilation must have two values each");

@@ -144,6 +144,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_moments(
     Tensor z, OptionalTensor weight, OptionalTensor bias, OptionalTensor given_mean, OptionalTensor given_var,
     LAYERWISE_FORM_PARAMETERS, bool second_moment, bool needs_y) {
   const Form form = LAYERWISE_FORM;
+  check_outputs(form, needs_y);
   check_map("z", z, kHalf);
   check_normalization(z, shape_of(z), weight, bias, given_mean, given_var, form);
   const Device device(z);
@@ -185,6 +186,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_m
     OptionalTensor given_mean, OptionalTensor given_var, Ints stride, Ints padding, Ints dilation, int64_t groups,
     LAYERWISE_FORM_PARAMETERS, bool second_moment, bool needs_y) {
   const Form form = LAYERWISE_FORM;
+  check_outputs(form, needs_y);
   check_map("input", input, kHalf);
   const Shape s = convolution_shape(input, conv_weight, stride, padding, dilation, groups);
   check_channels("conv_bias", conv_bias, input, s.c);

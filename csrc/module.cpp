@@ -38,4 +38,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cache_limit", &cpu::set_cache_limit, py::arg("bytes"));
   m.def("cached_bytes", &cpu::cached_bytes);
   m.def("empty_cache", &cpu::empty_cache);
+  m.def("make_room", &cpu::make_room, py::arg("bytes"));
 }

@@ -81,7 +81,8 @@ struct Normalization {
 Tensor allocate(const Tensor& like, const Shape& s, const Strides& d, ScalarType dtype) {
   const Ints size{s.n, s.c, s.h, s.w}, strides{d.n, d.c, d.h, d.w};
 #if !defined(__SANITIZE_ADDRESS__)  // the sanitizer sees overruns only in memory of its own allocator
-  const int64_t bytes = s.n * s.c * s.h * s.w * (dtype == like.scalar_type() ? like.element_size() : 4);
+  const int64_t element_size = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+  const int64_t bytes = s.n * s.c * s.h * s.w * element_size;
   if (bytes >= cpu::kPooledBytes)
     return torch::stable::from_blob(cpu::acquire(bytes), size, strides, like.device(), dtype, &cpu::release);
 #endif
@@ -188,6 +189,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_moments(Tensor
                                                                           OptionalTensor var, LAYERWISE_FORM_PARAMETERS,
                                                                           bool second_moment, bool needs_y) {
   const Form form = LAYERWISE_FORM;
+  check_outputs(form, needs_y);
   check_map("z", z, kHalf);
   check_normalization(z, shape_of(z), weight, bias, mean, var, form);
 
@@ -301,6 +303,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_m
     OptionalTensor mean, OptionalTensor var, Ints stride, Ints padding, Ints dilation, int64_t groups,
     LAYERWISE_FORM_PARAMETERS, bool second_moment, bool needs_y) {
   const Form form = LAYERWISE_FORM;
+  check_outputs(form, needs_y);
   check_map("input", input, kHalf);
   const Shape s = convolution_shape(input, conv_weight, stride, padding, dilation, groups);
   check_channels("conv_bias", conv_bias, input, s.c);
@@ -607,7 +610,6 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(bool overwrite, Tensor z, Optio
   std::optional<Tensor> grad_input;
   if (needs_input && plain) grad_input = winograd_input_gradient(dz, input, conv_weight, kernel);
   if (needs_weight || (needs_input && !grad_input.has_value())) {
-    if (needs_input && !grad_input.has_value()) cpu::make_room(input.numel() * input.element_size());
     const auto [other_input, other_weight] =
         convolution_gradients(dz, input, conv_weight, stride, padding, dilation, groups,
                               needs_input && !grad_input.has_value(), needs_weight);

@@ -2,8 +2,8 @@
 //
 // Shapes: z and residual [N, C, H, W]; y the same or what downsampling leaves of it; m1, m2 [N, channels of y, bins_h,
 // bins_w]; per-channel tensors [C]; sums [4 * numel of m1], that is A0, A1, B0, B1, each laid out as m1, for 'prelu' also
-// C0 and C1; half of that and an empty m2 without second_moment, an empty y without needs_y.  Sums and statistics are float32, or float64 for
-// float64 maps.
+// C0 and C1; half of that and an empty m2 without second_moment, an empty y without needs_y.  Sums and statistics are
+// float32, or float64 for float64 maps.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -25,13 +25,14 @@ void define_operators(Library& m) {
   m.def(
       "convolution_statistics(Tensor input, Tensor conv_weight, int[] stride, int[] padding, int[] dilation, "
       "int groups) -> (Tensor z, Tensor mean, Tensor var)");
-  m.def(
-      "bn_act_moments(Tensor z, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, " LAYERWISE_FORM_SCHEMA
-      ", bool second_moment, bool needs_y) -> (Tensor y, Tensor m1, Tensor m2, Tensor sums, Tensor mean_z, Tensor var_z)");
+  m.def("bn_act_moments(Tensor z, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, " LAYERWISE_FORM_SCHEMA
+        ", bool second_moment, bool needs_y) -> "
+        "(Tensor y, Tensor m1, Tensor m2, Tensor sums, Tensor mean_z, Tensor var_z)");
   m.def(
       "conv_bn_act_moments(Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor? weight, Tensor? bias, "
       "Tensor? mean, Tensor? var, int[] stride, int[] padding, int[] dilation, int groups, " LAYERWISE_FORM_SCHEMA
-      ", bool second_moment, bool needs_y) -> (Tensor y, Tensor m1, Tensor m2, Tensor sums, Tensor mean_z, Tensor var_z, Tensor z)");
+      ", bool second_moment, bool needs_y) -> "
+      "(Tensor y, Tensor m1, Tensor m2, Tensor sums, Tensor mean_z, Tensor var_z, Tensor z)");
   // The activation alone, with fixed statistics and without a gradient.
   m.def(
       "conv_bn_act_inference(Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor? weight, Tensor? bias, "

@@ -139,3 +139,17 @@ def test_moment_gradients_need_bins() -> None:
         torch.ops.layerwise_ext.bn_act_moments_backward_sums(
             Z, None, torch.tensor(0.0), None, sums, mean, mean, None, None, *Form()
         )
+
+
+@pytest.mark.parametrize("shape", [(4, 32, 0, 1), (0, 32, 1, 1)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_empty_weight(shape: tuple[int, ...], layout: torch.memory_format) -> None:
+    x, weight = (t.contiguous(memory_format=layout) for t in (torch.randn(1, 32, 4, 4), torch.empty(shape)))
+    with pytest.raises(RuntimeError, match="conv_weight must not be empty, got shape"):
+        functional.conv_bn_act(x, weight, training=True)
+
+
+def test_something_must_be_wanted() -> None:
+    z = torch.randn(2, 16, 4, 4)
+    with pytest.raises(RuntimeError, match="needs_y=False needs bins"):
+        torch.ops.layerwise_ext.bn_act_moments(z, *([None] * 4), *Form(), False, False)

@@ -228,6 +228,19 @@ def test_a_layer_in_two_segments() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+def test_segments_have_the_fixed_statistics_of_the_forward_pass() -> None:
+    """Whatever becomes of the running ones before the backward pass."""
+    layers = [randomise(conv3(3, 3)).double() for _ in range(3)]
+    x, gradients = images(), []
+    for chain in (nn.Sequential(*copy.deepcopy(layers)), FusedChain(*copy.deepcopy(layers), segments=3)):
+        y = chain.eval()(x)
+        chain.train()(images())
+        chain[0].bn.running_var.mul_(7)
+        weighted(y).backward()
+        gradients.append([p.grad for p in chain.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 def test_segments_of_random_slopes() -> None:
     layers = [ConvBNReLU2d(3, 3, 3, padding=1, activation="rrelu", dtype=torch.float64) for _ in range(2)]
     plain, chain = nn.Sequential(*layers), FusedChain(*copy.deepcopy(layers), segments=2)

@@ -301,6 +301,24 @@ def test_detached_downsampling(activation: str, dtype: str, layout: str) -> None
             assert torch.equal(ours, expected)
 
 
+def test_detached_downsampling_of_cut_windows() -> None:
+    x, w = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 1, 1)
+    options: dict[str, Any] = {"training": True, "ceil_mode": True}
+    y = functional.conv_bn_act_moments(x, w, detached_downsample=("max", 2), **options).y
+    torch.testing.assert_close(y, functional.conv_bn_act_moments(x, w, downsample=("max", 2), **options).y)
+
+
+@pytest.mark.parametrize("downsample", [("max", 9), ("space_to_depth", 2)])
+def test_detached_downsampling_fails_before_anything_changes(downsample: Any) -> None:
+    running = torch.zeros(4), torch.ones(4)
+    with pytest.raises(RuntimeError, match=r"window|space_to_depth"):
+        functional.conv_bn_act_moments(
+            torch.randn(2, 3, 5, 5), torch.randn(4, 3, 1, 1), None, *running, training=True,
+            detached_downsample=downsample,
+        )  # fmt: skip
+    assert (running[0] == 0).all() and (running[1] == 1).all()
+
+
 @pytest.mark.parametrize("options", [{"downsample": ("max", 2)}, {"activation": "rrelu"}], ids=["downsample", "rrelu"])
 def test_detached_downsampling_goes_alone(options: dict[str, Any]) -> None:
     running = torch.zeros(4), torch.ones(4)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from layerwise_ext import functional
-from layerwise_ext._ops import Form, _absent, _is_last_reader, _like, _once_differentiable, operators
+from layerwise_ext._ops import _C, Form, _absent, _is_last_reader, _like, _once_differentiable, operators
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _forward_layer(
     functional._check_rank("input", input)
     functional._check_statistics(*step.running, step.training, step.momentum)
     if step.training and input.size(0) == 1:
-        size = functional._conv_size(input, conv_weight, stride, padding, dilation)
+        size = functional._conv_size(input.shape, conv_weight, stride, padding, dilation)
         functional._check_more_than_one_value([1, conv_weight.size(0), *size])
     if not torch.is_autocast_enabled(input.device.type) and conv_weight.dtype != input.dtype:
         raise TypeError(f"conv_weight must have the dtype of input, {input.dtype}, got {conv_weight.dtype}")
@@ -134,6 +134,8 @@ def run_again(steps: Sequence[Step], x: Tensor) -> Tensor:
 
     Batches are counted and running statistics move once, random slopes are the same both times.
     """
+    # Fixed statistics as they are now, whatever becomes of them before the backward pass.
+    steps = [_with_own_statistics(step) for step in steps]
     tensors = [t for step in steps if isinstance(step, Layer) for t in step.parameters if t is not None]
     y: Tensor = _AgainNode.apply(steps, x, *dict.fromkeys(tensors))
     return y
@@ -165,6 +167,13 @@ class _AgainNode(torch.autograd.Function):
         gradients = iter(torch.autograd.grad([output], wanted, [grad_y.detach()]))
         of_inputs = tuple(next(gradients) if t.requires_grad else None for t in (x, *parameters))
         return None, *_once_differentiable(of_inputs)
+
+
+def _with_own_statistics(step: Step) -> Step:
+    if isinstance(step, Pool) or step.training:
+        return step
+    mean, var = (None if t is None else t.clone() for t in step.running)
+    return replace(step, running=(mean, var))
 
 
 def _with_leaves(step: Step, leaf_of: dict[Tensor, Tensor], leaves: Iterator[Tensor]) -> Step:
@@ -363,6 +372,8 @@ def _backward_layer(ctx: Any, grad_y: Any, grad_m1: Any, grad_m2: Any) -> tuple[
             grad_input, _, grad_residual = convolution_backward(in_place, stand_in, True, False, needs_residual)
         else:
             input = input if step.around is None else step.around(input)
+            if needs_input and input.is_cpu and not _has_tiles(step, z, conv_weight):
+                _C.make_room(input.nbytes)  # for the gradient, which comes from the library's memory
             grad_input, grad_weight, grad_residual = convolution_backward(
                 in_place, input, needs_input, needs_weight, needs_residual
             )

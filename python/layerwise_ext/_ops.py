@@ -359,17 +359,8 @@ def _backward_bn(ctx: Any, grad_y: Any, grad_m1: Any, grad_m2: Any, *_: Any) -> 
             z, *gradients, *totals, *common, ctx.count, needs_residual
         )
     form_gradients = _form_gradients(form, dslope, grad_residual if needs_residual else None)
-    wanted = (
-        dz if needs_z else None,
-        _like(dgamma, weight),
-        _like(dbeta, bias),
-        None,
-        None,
-        *form_gradients,
-        None,
-        None,
-    )
-    return _once_differentiable(wanted)
+    of_tensors = (dz if needs_z else None, _like(dgamma, weight), _like(dbeta, bias))
+    return _once_differentiable((*of_tensors, None, None, *form_gradients, None, None))
 
 
 def _over_replicas(ctx: Any, *sums: Tensor) -> tuple[Tensor, ...]:

@@ -80,9 +80,10 @@ def _check_more_than_one_value(shape: Sequence[int]) -> None:
 
 
 def _conv_size(
-    input: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
-) -> tuple[int, ...]:
-    (_, _, height, width), (_, _, rows, columns) = input.shape, weight.shape
+    size: Sequence[int], weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, int]:
+    """``(H, W)`` of the convolution of a map ``[N, C, H, W]`` of this size."""
+    (_, _, height, width), (_, _, rows, columns) = size, weight.shape
     return (
         (height + 2 * padding[0] - dilation[0] * (rows - 1) - 1) // max(1, stride[0]) + 1,
         (width + 2 * padding[1] - dilation[1] * (columns - 1) - 1) // max(1, stride[1]) + 1,
@@ -476,7 +477,9 @@ def _conv_bn_act_moments(
         stride = [s * w for s, w in zip(stride, window, strict=True)]
     replicas = _replicas_of(process_group) if training else None
     if training and replicas is None and input.size(0) == 1:
-        _check_more_than_one_value([1, conv_weight.size(0), *_conv_size(input, conv_weight, stride, padding, dilation)])
+        _check_more_than_one_value(
+            [1, conv_weight.size(0), *_conv_size(input.shape, conv_weight, stride, padding, dilation)]
+        )
     device = input.device.type
     if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         input = input.to(torch.get_autocast_dtype(device))
@@ -497,13 +500,13 @@ def _conv_bn_act_moments(
         y, m1, m2, _, mean_z, var_z, z = _replicas.conv_bn_act_moments(replicas, *arguments)
     else:
         y, m1, m2, _, mean_z, var_z, z = _lib.conv_bn_act_moments(*arguments)
+    if detached_downsample is not None:  # may raise an error: before anything is changed
+        y = _downsampled_activation(z, mean_z, var_z, weight, bias, form, detached_downsample)
     if replicas is not None and running_mean is not None:
         replicas.update_running_statistics(running_mean, cast(Tensor, running_var), mean_z, var_z, conv_bias, momentum)
     elif training and running_mean is not None:
         count = z.numel() // z.size(1)
         _lib.update_running_statistics_(running_mean, running_var, mean_z, var_z, conv_bias, count, momentum)
-    if detached_downsample is not None:
-        y = _downsampled_activation(z, mean_z, var_z, weight, bias, form, detached_downsample)
     return ActivationMoments(y, m1, m2 if second_moment else cast(Tensor, None))
 
 
@@ -516,7 +519,7 @@ def _downsampled_activation(
         z = z[..., :: window[0], :: window[1]]
         residual = None if residual is None else residual[..., :: window[0], :: window[1]]
         mode, window = "none", []
-    form = form._replace(residual=residual, downsample=mode, window=window, ceil_mode=False, bins=[])
+    form = form._replace(residual=residual, downsample=mode, window=window, bins=[])
     with torch.no_grad():
         y: Tensor = _lib.bn_act_moments(z, weight, bias, mean, var, *form, False, True)[0]
     return y

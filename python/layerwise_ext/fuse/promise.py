@@ -380,7 +380,7 @@ class Promise:
         if not (call.expected.add and self.residual is None and _is_plain(other) and self._is_open(normalised=True)):
             return False
         x, weight, _, stride, padding, dilation, _ = self.convolution
-        shape = (x.size(0), weight.size(0), *functional._conv_size(x, weight, stride, padding, dilation))
+        shape = (x.size(0), weight.size(0), *functional._conv_size(x.shape, weight, stride, padding, dilation))
         return other.dtype == call.dtype and other.device == call.device and tuple(other.shape) == shape
 
     def _sum(self, other: Any) -> Any:

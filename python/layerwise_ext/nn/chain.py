@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from typing import cast
 
@@ -77,22 +78,21 @@ class FusedChain(nn.Sequential):
     Unlike checkpointing it repeats no convolution, unlike In-Place ABN (Rota Bulo et al. 2018, arXiv 1712.02616) it
     takes any activation and leaves the parameters as they are.
 
-    All of it is one autograd node: gradients of all its parameters arrive together, at the end of its backward pass.
-    There, the memory of each layer is given back as soon as its gradients are there; not so with ``retain_graph=True``,
-    with saved-tensor hooks, and while somebody else has a tensor that the node saved.
+    Each layer is an autograd node: its gradients arrive and its memory is given back one layer after the other; memory
+    not with ``retain_graph=True``, with saved-tensor hooks, and while somebody else has a tensor that a node saved.
 
     Where nothing has to be kept (no gradients wanted, or within ``torch.compile``, which decides itself), and where a
-    layer has hooks or normalises over replicas, the layers are called one by one. Hooks on the chain run when it is
-    called, not when a
-    :class:`LocalStage` asks it for moments.
+    layer has hooks or normalises over replicas, the layers are called one by one, without segments. Hooks on the chain
+    run when it is called, not when a :class:`LocalStage` asks it for moments.
 
     Args:
         layers: modules of the kinds :class:`ConvBNReLU2d`, :class:`Residual`, nn.MaxPool2d, nn.AvgPool2d, nn.Identity,
             and nn.Sequential or FusedChain of these. Dropout is not among them: put it between two chains.
         segments: number of parts, of nearly equally many children each. Of every one but the last its input alone is
             kept, and the backward pass runs it again, with its convolutions, as
-            :func:`torch.utils.checkpoint.checkpoint_sequential` does; running statistics move once all the same. A
-            chain within a chain is taken apart, its own segments do not count.
+            :func:`torch.utils.checkpoint.checkpoint_sequential` does; running statistics move once all the same, and
+            the gradients of a segment's parameters arrive together. A chain within a chain is taken apart, its own
+            segments do not count; a slice has one.
 
     Shapes:
         input ``[N, C, H, W]``; output that of the last layer.
@@ -105,6 +105,7 @@ class FusedChain(nn.Sequential):
     def __init__(self, *layers: nn.Module, segments: int = 1) -> None:
         super().__init__(*layers)
         _check(self)
+        segments = operator.index(segments)
         if not 1 <= segments <= max(1, len(self)):
             raise ValueError(f"segments must lie between 1 and the number of layers, {len(self)}, got {segments}")
         self.segments = segments

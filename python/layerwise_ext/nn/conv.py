@@ -236,20 +236,15 @@ class ConvBNReLU2d(nn.Module):
 
     def map_size(self, x: Tensor) -> tuple[int, int]:
         """``(H, W)`` of the activation of x ``[N, C, H_in, W_in]`` before its downsampling."""
-        conv = self.conv
+        conv, stride = self.conv, self.conv.stride
         border, padding = _padding(conv)
-        around = (0, 0, 0, 0) if border is None else border.amounts  # left, right, top, bottom
-        stride = conv.stride
+        left, right, top, bottom = (0, 0, 0, 0) if border is None else border.amounts
         if self.downsample is not None and self.downsample[0] == "stride":
             window = functional._pair("downsample factor", self.downsample[1])
             stride = (stride[0] * window[0], stride[1] * window[1])
-        rows, columns = (
-            (x.shape[2 + i] + before + after + 2 * padding[i] - conv.dilation[i] * (conv.kernel_size[i] - 1) - 1)
-            // stride[i]
-            + 1
-            for i, (before, after) in enumerate((around[2:], around[:2]))
-        )
-        return rows, columns
+        n, channels, height, width = x.shape
+        size = (n, channels, height + top + bottom, width + left + right)
+        return functional._conv_size(size, conv.weight, stride, padding, conv.dilation)
 
     @property
     def is_synchronised(self) -> bool:

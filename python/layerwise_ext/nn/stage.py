@@ -193,6 +193,6 @@ class _Captured(torch.autograd.Function):
 
 def _may_skip_map(body: nn.Module, head: LocalHead) -> TypeGuard[ConvBNReLU2d]:
     """Whether the operator can leave the body's output unwritten and give what is downsampled of it."""
-    if not isinstance(body, ConvBNReLU2d) or head.needs_map:
+    if not isinstance(body, ConvBNReLU2d) or type(body).forward_moments is not ConvBNReLU2d.forward_moments:
         return False
-    return body.downsample is None and body.activation != "rrelu"
+    return not head.needs_map and body.downsample is None and not body.ceil_mode and body.activation != "rrelu"
