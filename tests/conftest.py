@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 # Graphs that another build of the package left on disk call its operators as they were then.
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 
 import backends
 import pytest
+from layerwise_ext import _C
+
+AVX512 = [name for name in _C.cpu_capabilities() if name.startswith("avx512")]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,3 +32,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [item for item in items if item.get_closest_marker("cpu_kernels") is not None]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(params=AVX512)
+def capability(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set of this machine that has convolutions of this package's own."""
+    before = _C.cpu_capability()
+    _C.set_cpu_capability(request.param)
+    yield request.param
+    _C.set_cpu_capability(before)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -33,14 +32,6 @@ SHAPES: dict[str, tuple[Any, ...]] = {
     "as many pixels as it takes": (4, 32, 4, 8, 8, 1, 1, 0, 1),
     "padding beyond the kernel": (1, 32, 4, 3, 3, 2, 1, 3, 1),
 }
-
-
-@pytest.fixture(params=CAPABILITIES)
-def capability(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _C.cpu_capability()
-    _C.set_cpu_capability(request.param)
-    yield request.param
-    _C.set_cpu_capability(before)
 
 
 def tensors(shape: tuple[Any, ...], dtypes: tuple[torch.dtype, torch.dtype]) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -28,14 +27,6 @@ SHAPES = {
     "three vectors": (3, 19, 112, 31, 33, 1, (3, 3)),
     "blocks both ways": (3, 80, 144, 30, 33, 1, (3, 3)),
 }
-
-
-@pytest.fixture(params=CAPABILITIES)
-def capability(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _C.cpu_capability()
-    _C.set_cpu_capability(request.param)
-    yield request.param
-    _C.set_cpu_capability(before)
 
 
 def tensors(shape: tuple[Any, ...], dtype: torch.dtype, offset: float = 0.0) -> dict[str, Tensor]:
