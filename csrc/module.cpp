@@ -1,4 +1,4 @@
-// Build information and kernel switches.  The operators register themselves when this library is loaded (ops.cpp).
+// Build information and kernel switches.  The operators register themselves when this library is loaded (*_ops.cpp).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,0 +1,144 @@
+// The convolution on the CPU, by this package's kernels where they are faster and by ATen otherwise, with the statistics
+// of its output.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "convolution.h"
+#include "cpu_ops.h"
+
+namespace layerwise {
+
+struct Statistics {
+  Values mean, var;  // of z
+};
+
+inline StatisticsParams statistics_params(const Tensor& z, Layout layout) {
+  StatisticsParams p{};
+  p.map = map_of(z, layout);
+  p.z = z.const_data_ptr();
+  p.z_strides = strides_of(z);
+  return p;
+}
+
+inline Statistics finish(const cpu::BatchStatistics& statistics, int64_t channels) {
+  Statistics s{Values(channels), Values(channels)};
+  statistics.finish(s.mean.data(), s.var.data());
+  return s;
+}
+
+inline Statistics batch_statistics(const Tensor& z, Layout layout) {
+  cpu::BatchStatistics statistics(z.size(1));
+  statistics.add(statistics_params(z, layout), parallel_for);
+  return finish(statistics, z.size(1));
+}
+
+// A large batch is convolved in pieces, each copied into z's pooled memory while its statistics are taken.  The library
+// allocates a convolution's output itself, from memory that the C library tends to have returned to the system: the page
+// faults of a whole large map cost up to a third of its convolution, those of one piece do not, for the next ones reuse
+// it.  Smaller maps mostly come from memory that is still there, and copying them costs more than it saves.
+constexpr int64_t kWholeBytes = 16 << 20;
+constexpr int64_t kPieceBytes = 4 << 20;
+// A piece is at least so many times larger than the weights, which each call reorders.
+constexpr int64_t kPieceWeights = 8;
+
+inline int64_t convolution_pieces(const Shape& z, const Tensor& weight, int64_t element_size) {
+  const int64_t bytes = z.n * z.c * z.h * z.w * element_size;
+  if (bytes < kWholeBytes) return 1;
+  const int64_t piece = std::max(kPieceBytes, kPieceWeights * weight.numel() * element_size);
+  return std::clamp<int64_t>((bytes + piece / 2) / piece, 1, z.n);
+}
+
+// Convolution z of x that has_winograd; the weight is [z's channels, x's channels, 3, 3] under its strides, from `w` on.
+inline void winograd_convolution(const Tensor& x, const void* w, const Strides& w_strides, int64_t padding_h,
+                                 int64_t padding_w, Tensor& z, cpu::BatchStatistics* statistics) {
+  WinogradParams p{};
+  p.map = map_of(z, Layout::kChannelsLast);
+  p.z = z.mutable_data_ptr();
+  p.z_strides = strides_of(z);
+  p.x = x.const_data_ptr();
+  p.x_shape = shape_of(x);
+  p.x_strides = strides_of(x);
+  p.padding_h = padding_h;
+  p.padding_w = padding_w;
+  p.w = w;
+  p.w_strides = w_strides;
+  cpu::winograd(p, statistics, parallel_for);
+}
+
+// Samples [first, last).
+inline Tensor samples(const Tensor& t, int64_t first, int64_t last) {
+  Tensor narrowed = t;  // narrow takes a tensor that it may change
+  return torch::stable::narrow(narrowed, 0, first, last - first);
+}
+
+// Whether that is this package's own convolution.
+inline bool convolves_by_tiles(const Tensor& input, const Tensor& w, const Shape& s, const Ints& stride,
+                               const Ints& padding, const Ints& dilation, int64_t groups) {
+  return groups == 1 && is_nested_channels_last(input) &&
+         cpu::has_winograd(map_of(input, s, Layout::kChannelsLast), shape_of(input), strides_of(input),
+                           window_of(w, stride, padding, dilation));
+}
+
+// Convolution of a small map by this package's own kernel; nothing where the library's is faster.
+inline OptionalTensor dot_convolution(const Tensor& input, const Tensor& conv_weight, const Shape& s,
+                                      const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups) {
+  if (groups != 1 || !is_nested_channels_last(input)) return {};
+  DotParams p{};
+  p.map = map_of(input, s, Layout::kChannelsLast);
+  p.z_strides = dense_strides(s, Layout::kChannelsLast);
+  p.x = input.const_data_ptr();
+  p.x_shape = shape_of(input);
+  p.x_strides = strides_of(input);
+  p.window = window_of(conv_weight, stride, padding, dilation);
+  p.w = conv_weight.const_data_ptr();
+  p.w_dtype = dtype_of(conv_weight);
+  p.w_strides = strides_of(conv_weight);
+  if (!cpu::has_dot_convolution(p)) return {};
+  Tensor z = allocate_map(input, s, Layout::kChannelsLast);
+  p.z = z.mutable_data_ptr();
+  cpu::dot_convolution(p, parallel_for);
+  return z;
+}
+
+// The convolution, of shape s and in a layout that the kernels read, and its statistics where they are asked for.
+inline std::pair<Tensor, Statistics> convolve(const Tensor& input, const Tensor& conv_weight, const Shape& s,
+                                              const Ints& stride, const Ints& padding, const Ints& dilation,
+                                              int64_t groups, bool needs_statistics) {
+  if (const OptionalTensor z = dot_convolution(input, conv_weight, s, stride, padding, dilation, groups))
+    return {*z, needs_statistics ? batch_statistics(*z, Layout::kChannelsLast) : Statistics{}};
+  const Tensor w = weight_as(conv_weight, input.scalar_type());
+  const int64_t pieces = convolution_pieces(s, w, input.element_size());
+  Statistics statistics;
+  OptionalTensor z;
+  cpu::BatchStatistics batch(s.c);
+  const bool winograd = convolves_by_tiles(input, w, s, stride, padding, dilation, groups);
+  if (winograd) {
+    z = allocate_map(input, s, Layout::kChannelsLast);
+    winograd_convolution(input, w.const_data_ptr(), strides_of(w), padding[0], padding[1], *z,
+                         needs_statistics ? &batch : nullptr);
+    if (needs_statistics) statistics = finish(batch, s.c);
+  } else if (pieces == 1) {
+    z = convolution(input, w, stride, padding, dilation, groups);
+  } else {
+    for (int64_t i = 0; i < pieces; ++i) {
+      const int64_t first = s.n * i / pieces, last = s.n * (i + 1) / pieces;
+      const auto [piece, layout] =
+          readable(convolution(samples(input, first, last), w, stride, padding, dilation, groups));
+      if (!z.has_value()) z = allocate_map(input, s, layout);
+      StatisticsParams p = statistics_params(piece, layout);
+      p.z_copy_strides = strides_of(*z);
+      p.z_copy = static_cast<char*>(z->mutable_data_ptr()) + first * p.z_copy_strides.n * input.element_size();
+      batch.add(p, parallel_for);
+    }
+    if (needs_statistics) statistics = finish(batch, s.c);
+  }
+  const auto [map, layout] = readable(*z);
+  if (!winograd && pieces == 1 && needs_statistics) statistics = batch_statistics(map, layout);
+  return {map, statistics};
+}
+
+}  // namespace layerwise
