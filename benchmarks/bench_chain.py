@@ -4,7 +4,8 @@
     python benchmarks/bench_chain.py --quick    narrow networks, few rounds
 
 What the networks and their steps are: chain_peers.py.  How it is timed: harness.py.  Memory is measured for each
-contestant in a fresh process (peak_memory.py; on a GPU from PyTorch's allocator), twice:
+contestant in a fresh process (peak_memory.py; on a GPU from PyTorch's allocator), after all times, for it does not need
+a quiet machine, and twice:
 
 - ``activation_bytes``: the peak of a step beyond what lives before it, input and parameters, where each parameter
   gradient is dropped when autograd delivers it.  What is left are maps, workspaces, and one layer's gradients.
@@ -184,22 +185,22 @@ def summarise(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
-def print_entry(entry: dict[str, Any]) -> None:
+def print_times(entry: dict[str, Any]) -> None:
     print(f"\n{entry['dtype']} {Case(**entry['case'])}, {entry['rounds']} rounds")
-    print(
-        f"{'':16}{'ms':>10}{'':6}{'/ ours':>8}{'activations MiB':>18}{'ours /':>8}{'with gradients':>16}{'error':>10}"
-    )
-    for name in entry["milliseconds"]:
-        t = entry["milliseconds"][name]
+    print(f"{'':20}{'ms':>10}{'':6}{'/ ours':>8}{'error':>10}")
+    for name, t in entry["milliseconds"].items():
         text = f"{name:20}{t['median']:10.1f} ±{(t['q3'] - t['q1']) / 2 / t['median']:4.0%}"
         text += f"{entry['ratio'][name]['median']:7.2f}x" if name != OURS else f"{'':8}"
-        if name in entry["activation_bytes"]:
-            ratio = memory_ratio(entry, name)
-            text += f"{entry['activation_bytes'][name] / 2**20:18.1f}{'' if name == OURS else f'{ratio:.2f}':>8}"
-            text += f"{entry['peak_bytes'][name] / 2**20:14.1f}"
-        else:
-            text += f"{'-':>18}{'':8}{'-':>14}"
         print(f"{text}{entry['error'][name]:10.1e}", flush=True)
+
+
+def print_memory(entry: dict[str, Any]) -> None:
+    print(f"\n{entry['dtype']} {Case(**entry['case'])}")
+    print(f"{'':20}{'activations MiB':>16}{'ours /':>8}{'/ eager':>8}{'with gradients':>16}")
+    for name, activations in entry["activation_bytes"].items():
+        ratio = "" if name == OURS else f"{memory_ratio(entry, name):.2f}"
+        text = f"{name:20}{activations / 2**20:16.1f}{ratio:>8}{activations / entry['activation_bytes'][EAGER]:8.2f}"
+        print(f"{text}{entry['peak_bytes'][name] / 2**20:16.1f}", flush=True)
 
 
 def print_summary(summary: dict[str, Any]) -> None:
@@ -302,13 +303,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             except DisagreementError as error:
                 print(f"error: {error}", file=sys.stderr)
                 return 1
-            for name in names if reason is None else []:
-                for kind, value in memory_in_fresh_process(name, case, dtype, arguments).items():
-                    entry[kind][name] = value
             result["rows"].append(entry)
-            print_entry(entry)
+            print_times(entry)
     if reason is not None:
         print(f"\nno peak memory: {reason}")
+    for entry in result["rows"] if reason is None else []:
+        for name in names:
+            case, dtype = Case(**entry["case"]), entry["dtype"]
+            for kind, value in memory_in_fresh_process(name, case, dtype, arguments).items():
+                entry[kind][name] = value
+        print_memory(entry)
     result["summary"] = summarise(result["rows"])
     print_summary(result["summary"])
     write_json(arguments.output, result)

@@ -21,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 NUM_CLASSES = 10
 IMAGE_SIZE = 32
 
-SEGMENTS = ("segments:3", "segments:8", "segments:all")  # the chain; all but its last segment are run again
+# The chain; all but its last segment are run again.
+SEGMENTS = ("segments:2", "segments:3", "segments:8", "segments:all")
 CHAINS = (OURS, *SEGMENTS)
 LAYERS = "layers"  # this package's layers one by one, without a chain
 CHECKPOINTS = ("checkpoint:1", "checkpoint:2", "checkpoint:4")  # eager, that many layers or blocks to a segment
