@@ -10,7 +10,8 @@ os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 
 import backends
 import pytest
-from layerwise_ext import _C
+from fuse_cases import Counter
+from layerwise_ext import _C, functional
 
 AVX512 = [name for name in _C.cpu_capabilities() if name.startswith("avx512")]
 
@@ -41,3 +42,10 @@ def capability(request: pytest.FixtureRequest) -> Iterator[str]:
     _C.set_cpu_capability(request.param)
     yield request.param
     _C.set_cpu_capability(before)
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> Counter:
+    counter = Counter(functional.conv_bn_act)
+    monkeypatch.setattr(functional, "conv_bn_act", counter)
+    return counter
