@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 NUM_CLASSES = 10
 IMAGE_SIZE = 32
 
-# The chain; all but its last segment are run again.
-SEGMENTS = ("segments:2", "segments:3", "segments:8", "segments:all")
+# The chain of which the first two layers or blocks are run again; that in segments, all but the last run again.
+SEGMENTS = ("again:2", "segments:3", "segments:8", "segments:all")
 CHAINS = (OURS, *SEGMENTS)
 LAYERS = "layers"  # this package's layers one by one, without a chain
 CHECKPOINTS = ("checkpoint:1", "checkpoint:2", "checkpoint:4")  # eager, that many layers or blocks to a segment
@@ -192,9 +192,11 @@ def training_step(name: str, case: Case, dtype: torch.dtype, x: Tensor, target: 
         import layerwise_ext as lw
 
         fused = _fused_features(features)
-        parts = name.partition(":")[2] or "1"
-        segments = len(fused) if parts == "all" else min(int(parts), len(fused))
-        chain = nn.Sequential(*fused) if name == LAYERS else lw.nn.FusedChain(*fused, segments=segments)
+        chain = nn.Sequential(*fused)
+        if name != LAYERS:
+            kind, _, number = name.partition(":")
+            parts = len(fused) if number == "all" else min(int(number or 1), len(fused))
+            chain = lw.nn.FusedChain(*fused, segments=(parts,) if kind == "again" else parts)
         network = nn.Sequential(chain, head)
         forward = network
     elif name in CHECKPOINTS:

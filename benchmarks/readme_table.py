@@ -148,7 +148,8 @@ def _chain_rows(result: dict[str, Any]) -> Iterator[list[str]]:
     for entry, name in itertools.product(result["rows"], CHAINS):
         ms = {contestant: time["median"] for contestant, time in entry["milliseconds"].items()}
         memory = entry["activation_bytes"][name] / entry["activation_bytes"][EAGER]
-        segments = "" if name == OURS else f", {name.partition(':')[2]} segments"
+        kind, _, number = name.partition(":")
+        segments = {"segments": f", {number} segments", "again": f", first {number} again"}.get(kind, "")
         what = f"{Case(**entry['case'])}: joint, `FusedChain`{segments}"
         yield [what, entry["dtype"], *_numbers(ms[name], ms[EAGER], ms[COMPILE], memory)]
 

@@ -100,17 +100,21 @@ inline void check_convolution_backward(const Tensor& z, const Tensor& input, con
   STD_TORCH_CHECK(size_of(z) == expected, "z must have shape ", to_string(expected), ", got ", to_string(size_of(z)));
 }
 
-// ATen's gradients from dz, that of the weight in the weight's own dtype and layout, as the optimizer will see it.
+// The gradient in the weight's own dtype and layout, as the optimizer will see it.
+inline Tensor as_gradient_of(const Tensor& weight, const Tensor& gradient) {
+  if (weight.scalar_type() == gradient.scalar_type() && gradient.strides() == weight.strides()) return gradient;
+  Tensor matching = torch::stable::empty_like(weight);
+  torch::stable::copy_(matching, gradient);
+  return matching;
+}
+
+// ATen's gradients from dz.
 inline std::tuple<Tensor, Tensor> convolution_gradients(const Tensor& dz, const Tensor& input, const Tensor& weight,
                                                         const Ints& stride, const Ints& padding, const Ints& dilation,
                                                         int64_t groups, bool needs_input, bool needs_weight) {
   auto [grad_input, grad_weight] = convolution_backward(dz, input, weight_as(weight, dz.scalar_type()), stride, padding,
                                                         dilation, groups, needs_input, needs_weight);
-  if (needs_weight && (weight.scalar_type() != dz.scalar_type() || grad_weight.strides() != weight.strides())) {
-    Tensor matching = torch::stable::empty_like(weight);
-    torch::stable::copy_(matching, grad_weight);
-    grad_weight = matching;
-  }
+  if (needs_weight) grad_weight = as_gradient_of(weight, grad_weight);
   return {grad_input, grad_weight};
 }
 

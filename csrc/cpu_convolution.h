@@ -9,6 +9,7 @@
 
 #include "convolution.h"
 #include "cpu_ops.h"
+#include "product.h"
 
 namespace layerwise {
 
@@ -104,6 +105,47 @@ inline OptionalTensor dot_convolution(const Tensor& input, const Tensor& conv_we
   return z;
 }
 
+// Whether that is a product of matrices, pixels by channels.
+inline bool is_product(const Tensor& input, const Tensor& weight, const Ints& stride, const Ints& padding,
+                       int64_t groups) {
+  const Ints one{1, 1}, zero{0, 0}, kernel{weight.size(2), weight.size(3)};
+  return kernel == one && stride == one && padding == zero && groups == 1 && is_nested_channels_last(input) &&
+         is_dense(input, Layout::kChannelsLast) &&
+         cpu::prefers_product(dtype_of(input), weight.size(1), weight.size(0));
+}
+
+// A dense channels_last map as a matrix, pixels by channels.
+inline Tensor pixels_of(const Tensor& map) {
+  const Shape s = shape_of(map);
+  return matrix_of(map, s.n * s.h * s.w, s.c, s.c, 1);
+}
+
+// A 1x1 kernel as a matrix; `back` from output to input channels.
+inline Tensor channels_of(const Tensor& weight, bool back) {
+  const Strides s = strides_of(weight);
+  return back ? matrix_of(weight, weight.size(0), weight.size(1), s.n, s.c)
+              : matrix_of(weight, weight.size(1), weight.size(0), s.c, s.n);
+}
+
+// Gradients from dz, a dense channels_last map, of a convolution that is_product.
+inline std::tuple<Tensor, Tensor> product_gradients(const Tensor& dz, const Tensor& input, const Tensor& conv_weight,
+                                                    bool needs_input, bool needs_weight) {
+  Tensor grad_input = empty_vector(dz, 0, dz.scalar_type()), grad_weight = grad_input;
+  if (needs_input) {
+    grad_input = allocate_map(input, shape_of(input), Layout::kChannelsLast);
+    Tensor gradient = pixels_of(grad_input);
+    product_into(gradient, pixels_of(dz), channels_of(weight_as(conv_weight, dz.scalar_type()), true));
+  }
+  if (needs_weight) {
+    const Shape s = shape_of(conv_weight);
+    grad_weight = allocate(dz, s, dense_strides(s, Layout::kContiguous), dz.scalar_type());
+    Tensor gradient = channels_of(grad_weight, true);
+    product_into(gradient, torch::stable::transpose(pixels_of(dz), 0, 1), pixels_of(input));
+    grad_weight = as_gradient_of(conv_weight, grad_weight);
+  }
+  return {grad_input, grad_weight};
+}
+
 // The convolution, of shape s and in a layout that the kernels read, and its statistics where they are asked for.
 inline std::pair<Tensor, Statistics> convolve(const Tensor& input, const Tensor& conv_weight, const Shape& s,
                                               const Ints& stride, const Ints& padding, const Ints& dilation,
@@ -111,6 +153,12 @@ inline std::pair<Tensor, Statistics> convolve(const Tensor& input, const Tensor&
   if (const OptionalTensor z = dot_convolution(input, conv_weight, s, stride, padding, dilation, groups))
     return {*z, needs_statistics ? batch_statistics(*z, Layout::kChannelsLast) : Statistics{}};
   const Tensor w = weight_as(conv_weight, input.scalar_type());
+  if (is_product(input, w, stride, padding, groups)) {
+    const Tensor z = allocate_map(input, s, Layout::kChannelsLast);
+    Tensor pixels = pixels_of(z);
+    product_into(pixels, pixels_of(input), channels_of(w, false));
+    return {z, needs_statistics ? batch_statistics(z, Layout::kChannelsLast) : Statistics{}};
+  }
   const int64_t pieces = convolution_pieces(s, w, input.element_size());
   Statistics statistics;
   OptionalTensor z;

@@ -3,26 +3,18 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <tuple>
 #include <vector>
 
 #include "device/cells.h"
 #include "head.h"
+#include "product.h"
 
 namespace layerwise {
 namespace {
 
 constexpr int64_t kGrain = 1 << 14;  // elements per task
-
-// Autocast, which would round the operands, leaves products with a given output alone.
-void product_into(Tensor& out, const Tensor& a, const Tensor& b) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);
-}
 
 template <class A>
 std::vector<A> inverse_areas(const Shape& moments, const Ints& size) {

@@ -39,12 +39,16 @@ from torch.utils.checkpoint import checkpoint
 
 
 @even_kernel
-@pytest.mark.parametrize("segments", [2, 3])
+@pytest.mark.parametrize("segments", [2, 3, (1,), (1, 2)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", NETS)
-def test_segments(name: str, dtype: torch.dtype, segments: int) -> None:
+def test_segments(name: str, dtype: torch.dtype, segments: int | tuple[int, ...]) -> None:
     peer, chain = pair(name, dtype, "channels_last")
-    chain = FusedChain(*chain, segments=min(segments, len(chain)))
+    if isinstance(segments, int):
+        segments = min(segments, len(chain))
+    else:
+        segments = tuple(start for start in segments if start < len(chain))
+    chain = FusedChain(*chain, segments=segments)
     for _ in range(2):
         x = images(dtype=dtype, layout="channels_last")
         compare(results(chain, x), results(peer, x), TOLERANCE[dtype])
@@ -52,9 +56,12 @@ def test_segments(name: str, dtype: torch.dtype, segments: int) -> None:
         chain.zero_grad()
 
 
-def test_segments_keep_their_inputs_alone() -> None:
+@pytest.mark.parametrize(("segments", "number", "layers_of_the_last"), [(2, 2, 3), ((3,), 2, 2), ((1, 4), 3, 1)])
+def test_segments_keep_their_inputs_alone(
+    segments: int | tuple[int, ...], number: int, layers_of_the_last: int
+) -> None:
     layers = [conv3(3, 8), conv3(8, 8), conv3(8, 8), conv3(8, 8), conv3(8, 8)]
-    chain, x, kept = FusedChain(*layers, segments=2), images(dtype=torch.float32), []
+    chain, x, kept = FusedChain(*layers, segments=segments), images(dtype=torch.float32), []
 
     def keep(t: Tensor) -> Tensor:
         if t.dim() == 4 and t.size(0) == len(x):
@@ -63,9 +70,9 @@ def test_segments_keep_their_inputs_alone() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         y = chain(x)
+    # Inputs of the segments, then the pre-activations of the last one.
+    assert len({t.data_ptr() for t in kept}) == number + layers_of_the_last
     ((y - 1) ** 2).sum().backward()
-    # Inputs of both segments, then the three pre-activations of the second.
-    assert len({t.data_ptr() for t in kept}) == 2 + 3
     assert all(layer.bn.num_batches_tracked == 1 for layer in layers)
 
 
@@ -128,6 +135,12 @@ def test_segments_of_random_slopes() -> None:
     plain, chain = nn.Sequential(*layers), FusedChain(*copy.deepcopy(layers), segments=2)
     x = images()
     compare(results(chain, x), results(plain, x), 1e-12)
+
+
+@pytest.mark.parametrize("segments", [(0,), (2,), (1, 1), (-1,)])
+def test_indices_that_do_not_ascend(segments: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="segments must begin at ascending indices from 1 to 1, got"):
+        FusedChain(conv3(3, 4), conv3(4, 4), segments=segments)
 
 
 @pytest.mark.parametrize("segments", [0, 3])

@@ -18,6 +18,7 @@ EPS = 1e-3
 CONVOLUTIONS: dict[str, Any] = {
     "3x3": ((2, 5, 6, 7), (18, 5, 3, 3), 1, 1, 1, 1, (2, 3)),
     "1x1": ((2, 16, 5, 5), (32, 16, 1, 1), 1, 0, 1, 1, (2, 2)),
+    "1x1 of many pixels": ((2, 48, 13, 11), (80, 48, 1, 1), 1, 0, 1, 1, (2, 3)),
     "stride 2": ((2, 16, 9, 8), (48, 16, 3, 3), 2, 1, 1, 1, (3, 2)),
     "dilation 2": ((2, 17, 9, 9), (32, 17, 3, 3), 1, 2, 2, 1, (4, 4)),
     "rectangular": ((2, 16, 8, 9), (64, 16, 5, 3), (1, 2), (0, 1), 1, 1, (2, 2)),
@@ -120,6 +121,42 @@ def test_table(name: str, dtype: str, layout: str, training: bool, kind: str) ->
                 assert not ours[key].any()
                 continue
             check(key, ours[key], value, peer[key])
+
+
+@pytest.mark.parametrize("weight_layout", ["contiguous", "channels_last", "transposed", "every other"])
+@pytest.mark.parametrize("needs", [("input",), ("conv_weight",), ("input", "conv_weight")], ids="+".join)
+def test_1x1_under_autocast(weight_layout: str, needs: tuple[str, ...]) -> None:
+    """A float32 weight under any strides with bfloat16 maps: its gradient has its dtype and strides."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 40, 16, 17, generator=g).bfloat16().contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(64, 40, 1, 1, generator=g)
+    if weight_layout == "channels_last":
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    elif weight_layout == "transposed":
+        weight = torch.randn(40, 64, 1, 1, generator=g).transpose(0, 1)
+    elif weight_layout == "every other":
+        weight = torch.randn(64, 80, 1, 1, generator=g)[:, ::2]
+    tensors = {"input": x, "conv_weight": weight}
+    for name in needs:
+        tensors[name].requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y, m1, _ = functional.conv_bn_act_moments(*tensors.values(), training=True, activation="identity", bins=(2, 2))
+    weights = torch.randn(y.shape, generator=g)
+    leaves = [tensors[name] for name in needs]
+    gradients = torch.autograd.grad([y, m1], leaves, [weights.bfloat16(), torch.ones_like(m1)])
+    exact = {name: t.detach().double().requires_grad_(name in needs) for name, t in tensors.items()}
+    exact_y, exact_m1, _ = reference.conv_bn_act_moments(
+        *exact.values(), training=True, activation="identity", bins=(2, 2)
+    )
+    expected = torch.autograd.grad(
+        [exact_y, exact_m1], [exact[name] for name in needs], [weights.double(), torch.ones_like(exact_m1)]
+    )
+    assert (y - exact_y).norm() < 0.01 * exact_y.norm()
+    for leaf, gradient, value in zip(leaves, gradients, expected, strict=True):
+        assert gradient.dtype == leaf.dtype
+        assert (gradient - value).norm() < 0.02 * value.norm()
+    if "conv_weight" in needs and weight_layout != "every other":  # which is not dense
+        assert gradients[-1].stride() == weight.stride()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -12,7 +12,7 @@
 namespace layerwise::cpu {
 
 // Blocks at least this large come from the pool.
-constexpr int64_t kPooledBytes = 4 << 20;
+constexpr int64_t kPooledBytes = 1 << 20;
 
 // Throws std::bad_alloc.  The memory is aligned to 64 KiB and uninitialised.
 void* acquire(int64_t bytes);

@@ -130,6 +130,9 @@ void input_gradient(const InputGradientParams& p, const ParallelFor& parallel_fo
 }
 
 bool has_winograd(const Map& z, const Shape& x_shape, const Strides& x_strides, const Window& window) {
+  // Of so few channels the transforms are most of the work, and the library multiplies pairs of bfloat16.
+  constexpr int64_t kFewestChannels = 48;
+  if (z.dtype == DType::kBFloat16 && kernels().pairs && x_shape.c + z.shape.c < kFewestChannels) return false;
   return kernels().winograd != nullptr && winograd_applies(z, x_shape, x_strides, window);
 }
 
@@ -190,6 +193,11 @@ void dot_convolution(DotParams p, const ParallelFor& parallel_for) {
                  Scratch scratch(dot_scratch(p));
                  kernels().dot_convolution(p, begin, end, scratch.data());
                });
+}
+
+bool prefers_product(DType dtype, int64_t in_channels, int64_t out_channels) {
+  constexpr int64_t kFewestChannels = 32;  // the library has no fast product of narrow matrices
+  return dtype == DType::kBFloat16 && kernels().pairs && std::min(in_channels, out_channels) >= kFewestChannels;
 }
 
 bool has_weight_gradient(const Map& dz, const Shape& x_shape, const Strides& x_strides, const Window& window) {

@@ -50,6 +50,10 @@ void winograd(WinogradParams p, BatchStatistics* statistics, const ParallelFor& 
 bool has_dot_convolution(const DotParams& p);
 void dot_convolution(DotParams p, const ParallelFor& parallel_for);
 
+// Whether a 1x1 convolution of such maps is taken from the library as a product of matrices, whose output may lie in memory
+// that is there already: where the processor multiplies pairs of bfloat16, that is no slower than its convolution.
+bool prefers_product(DType dtype, int64_t in_channels, int64_t out_channels);
+
 // Whether the kernels in use can do it and gain by it: channels_last with enough channels, AVX-512.
 bool has_weight_gradient(const Map& dz, const Shape& x_shape, const Strides& x_strides, const Window& window);
 

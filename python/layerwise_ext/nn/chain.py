@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterator, Sequence
 from typing import cast
@@ -88,27 +89,26 @@ class FusedChain(nn.Sequential):
     Args:
         layers: modules of the kinds :class:`ConvBNReLU2d`, :class:`Residual`, nn.MaxPool2d, nn.AvgPool2d, nn.Identity,
             and nn.Sequential or FusedChain of these. Dropout is not among them: put it between two chains.
-        segments: number of parts, of nearly equally many children each. Of every one but the last its input alone is
-            kept, and the backward pass runs it again, with its convolutions, as
-            :func:`torch.utils.checkpoint.checkpoint_sequential` does; running statistics move once all the same, and
-            the gradients of a segment's parameters arrive together. A chain within a chain is taken apart, its own
-            segments do not count; a slice has one.
+        segments: number of parts, of nearly equally many children each, or the indices of the children at which a new
+            part begins, other than the first. Of every part but the last its input alone is kept, and the backward pass
+            runs it again, with its convolutions, as :func:`torch.utils.checkpoint.checkpoint_sequential` does; running
+            statistics move once all the same, and the gradients of a segment's parameters arrive together. The first
+            layers have the largest maps: ``segments=(2,)``, which runs the first two children again, saves most memory
+            for its time. A chain within a chain is taken apart, its own segments do not count; a slice has one.
 
     Shapes:
         input ``[N, C, H, W]``; output that of the last layer.
 
     Raises:
         TypeError: another module.
-        ValueError: ``segments`` below 1 or above the number of children.
+        ValueError: ``segments`` below 1 or above the number of children, or indices that do not ascend between the two.
     """
 
-    def __init__(self, *layers: nn.Module, segments: int = 1) -> None:
+    def __init__(self, *layers: nn.Module, segments: int | Sequence[int] = 1) -> None:
         super().__init__(*layers)
         _check(self)
-        segments = operator.index(segments)
-        if not 1 <= segments <= max(1, len(self)):
-            raise ValueError(f"segments must lie between 1 and the number of layers, {len(self)}, got {segments}")
-        self.segments = segments
+        self.segments = tuple(segments) if isinstance(segments, Sequence) else operator.index(segments)
+        self._starts()
 
     def forward(self, input: Tensor) -> Tensor:
         if self._is_plain(input):
@@ -139,13 +139,22 @@ class FusedChain(nn.Sequential):
 
     def _to_last_segment(self, x: Tensor) -> tuple[Tensor, _Program]:
         """The last segment and its input."""
-        children, count = list(self), self.segments
-        programs = [
-            _Program(children[i * len(children) // count : (i + 1) * len(children) // count]) for i in range(count)
-        ]
-        for program in programs[:-1]:
-            x = _chain.run_again(program.steps, x)
-        return x, programs[-1]
+        children, starts = list(self), self._starts()
+        for start, end in itertools.pairwise(starts):
+            x = _chain.run_again(_Program(children[start:end]).steps, x)
+        return x, _Program(children[starts[-1] :])
+
+    def _starts(self) -> list[int]:
+        """The index of the first child of each segment."""
+        count, segments = len(self), self.segments
+        if isinstance(segments, int):
+            if not 1 <= segments <= max(1, count):
+                raise ValueError(f"segments must lie between 1 and the number of layers, {count}, got {segments}")
+            return [i * count // segments for i in range(segments)]
+        starts = [0, *segments]
+        if any(a >= b for a, b in itertools.pairwise([*starts, max(1, count)])):
+            raise ValueError(f"segments must begin at ascending indices from 1 to {count - 1}, got {list(segments)}")
+        return starts
 
     def extra_repr(self) -> str:
         return "" if self.segments == 1 else f"segments={self.segments}"
