@@ -3,7 +3,8 @@
     python benchmarks/bench_chain.py            all networks, fp32 and bf16, time and peak memory
     python benchmarks/bench_chain.py --quick    narrow networks, few rounds
 
-What the networks and their steps are: chain_peers.py.  How it is timed: harness.py.  Memory is measured for each
+What the networks and their steps are: chain_peers.py.  How it is timed: harness.py, each network and dtype in a fresh
+process (but with --quick), for memory that a larger network left speeds up the next one.  Memory is measured for each
 contestant in a fresh process (peak_memory.py; on a GPU from PyTorch's allocator), after all times, for it does not need
 a quiet machine, and twice:
 
@@ -74,12 +75,15 @@ def errors(steps: dict[str, TrainingStep], expected: Sequence[torch.Tensor]) -> 
     return found
 
 
-def measure_time(
-    case: Case, dtype: str, names: Sequence[str], sampling: Sampling, device: str, expected: Sequence[torch.Tensor]
-) -> dict[str, Any]:
-    """One entry of "rows" in the result file; times in milliseconds, ratios are peer's time / ours."""
+def measure_time(case: Case, dtype: str, names: Sequence[str], sampling: Sampling, device: str) -> dict[str, Any]:
+    """One entry of "rows" in the result file; times in milliseconds, ratios are peer's time / ours.
+
+    Raises:
+        DisagreementError: a contestant computes something else; nothing was timed.
+    """
     torch._dynamo.reset()
     data = inputs(case, device)
+    expected = reference_step(case, *data)
     steps = {name: training_step(name, case, DTYPES[dtype], *data) for name in names}
     try:
         found = errors(steps, expected)
@@ -103,15 +107,27 @@ def measure_time(
     }
 
 
+def time_in_fresh_process(case: Case, dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """
+    Raises:
+        RuntimeError: what the process says in its last lines, such as a DisagreementError.
+    """
+    compile_too = [] if arguments.compile else ["--no-compile"]
+    return peak_memory.json_of(__file__, ["--time-of", *compile_too, *_options_of(case, dtype, arguments)])
+
+
+def _options_of(case: Case, dtype: str, arguments: argparse.Namespace) -> list[str]:
+    options = ["--cases", ",".join(map(str, case)), "--dtypes", dtype, "--threads", str(arguments.threads)]
+    if arguments.cache_limit is not None:
+        options += ["--cache-limit", str(arguments.cache_limit)]
+    return [*options, "--device", arguments.device]
+
+
 # -- Memory ------------------------------------------------------------------------------------------------------------
 
 
 def memory_in_fresh_process(name: str, case: Case, dtype: str, arguments: argparse.Namespace) -> dict[str, int]:
-    spec = ",".join(map(str, case))
-    options = ["--memory-of", name, "--cases", spec, "--dtypes", dtype, "--threads", str(arguments.threads)]
-    if arguments.cache_limit is not None:
-        options += ["--cache-limit", str(arguments.cache_limit)]
-    return peak_memory.json_of(__file__, [*options, "--device", arguments.device])
+    return peak_memory.json_of(__file__, ["--memory-of", name, *_options_of(case, dtype, arguments)])
 
 
 def print_memory_of(name: str, case: Case, dtype: str, device: str) -> None:
@@ -263,6 +279,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out the peak memory")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out torch.compile")
     parser.add_argument("--memory-of", choices=STEPS, help=argparse.SUPPRESS)
+    parser.add_argument("--time-of", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.threads < 1:
         parser.error(f"--threads must be at least 1, got {arguments.threads}")
@@ -290,21 +307,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     sampling = QUICK if arguments.quick else FULL
     names = [name for name in STEPS if name != COMPILE or arguments.compile]
+    if arguments.time_of:
+        print(json.dumps(measure_time(arguments.cases[0], arguments.dtypes[0], names, sampling, arguments.device)))
+        return 0
     result = describe(arguments, sampling)
     result["rows"] = []
     reason = _memory.unavailable() if arguments.device == "cpu" else None
     if not arguments.memory:
         reason = "left out (--no-memory)"
-    for case in arguments.cases:
-        expected = reference_step(case, *inputs(case, arguments.device))
-        for dtype in arguments.dtypes:
-            try:
-                entry = measure_time(case, dtype, names, sampling, arguments.device, expected)
-            except DisagreementError as error:
-                print(f"error: {error}", file=sys.stderr)
-                return 1
-            result["rows"].append(entry)
-            print_times(entry)
+    for case, dtype in itertools.product(arguments.cases, arguments.dtypes):
+        try:
+            if arguments.quick:
+                entry = measure_time(case, dtype, names, sampling, arguments.device)
+            else:
+                entry = time_in_fresh_process(case, dtype, arguments)
+        except RuntimeError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        result["rows"].append(entry)
+        print_times(entry)
     if reason is not None:
         print(f"\nno peak memory: {reason}")
     for entry in result["rows"] if reason is None else []:

@@ -345,8 +345,8 @@ def test_different_chains_are_not_timed(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(bench_chain, "training_step", wrong)
     output = tmp_path / "result.json"
-    options = ["--cases", "vgg16,4,4", "--dtypes", "fp32", "--no-compile", "--no-memory", "--output", str(output)]
-    assert bench_chain.main(options) == 1
+    options = ["--quick", "--cases", "vgg16,4,4", "--dtypes", "fp32", "--no-compile", "--no-memory"]
+    assert bench_chain.main([*options, "--output", str(output)]) == 1
     assert "loss and gradients of layers differ" in capsys.readouterr().err
     assert not output.exists()
 
