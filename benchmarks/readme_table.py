@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_stage import memory_ratio
-from chain_peers import CHAINS, Case
+from chain_peers import Case
 from harness import REPOSITORY, RESULTS
 from networks import JOINT, JOINT_COMPILE
 from networks import OURS as OURS_LOCAL
@@ -115,6 +115,10 @@ def _origin(result: dict[str, Any]) -> str:
 # -- Whole networks ----------------------------------------------------------------------------------------------------
 
 
+# The contestants of bench_chain.py that are shown.
+CHAINS_SHOWN = {OURS: "", "again:2": "(segments=(2,))", "segments:8": "(segments=8)"}
+
+
 def networks(results: Path) -> str:
     """Markdown for the complete results of bench_local.py, bench_chain.py and bench_model.py on the CPU."""
     header = ["step", "dtype", "ms", "vs eager", "vs compile", "memory"]
@@ -145,12 +149,11 @@ def _local_rows(result: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def _chain_rows(result: dict[str, Any]) -> Iterator[list[str]]:
-    for entry, name in itertools.product(result["rows"], CHAINS):
+    for entry, name in itertools.product(result["rows"], CHAINS_SHOWN):
         ms = {contestant: time["median"] for contestant, time in entry["milliseconds"].items()}
         memory = entry["activation_bytes"][name] / entry["activation_bytes"][EAGER]
-        kind, _, number = name.partition(":")
-        segments = {"segments": f", {number} segments", "again": f", first {number} again"}.get(kind, "")
-        what = f"{Case(**entry['case'])}: joint, `FusedChain`{segments}"
+        segments = CHAINS_SHOWN[name]
+        what = f"{Case(**entry['case'])}: joint, `FusedChain{segments}`"
         yield [what, entry["dtype"], *_numbers(ms[name], ms[EAGER], ms[COMPILE], memory)]
 
 
