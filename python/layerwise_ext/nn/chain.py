@@ -92,9 +92,10 @@ class FusedChain(nn.Sequential):
         segments: number of parts, of nearly equally many children each, or the indices of the children at which a new
             part begins, other than the first. Of every part but the last its input alone is kept, and the backward pass
             runs it again, with its convolutions, as :func:`torch.utils.checkpoint.checkpoint_sequential` does; running
-            statistics move once all the same, and the gradients of a segment's parameters arrive together. The first
-            layers have the largest maps: ``segments=(2,)``, which runs the first two children again, saves most memory
-            for its time. A chain within a chain is taken apart, its own segments do not count; a slice has one.
+            statistics move once all the same, and the gradients of a segment's parameters arrive together. Where maps
+            shrink, the first layers have the largest ones: ``segments=(2,)``, which runs the first two children again,
+            saves much memory for little time. A chain within a chain is taken apart, its own segments do not count; a
+            slice has one.
 
     Shapes:
         input ``[N, C, H, W]``; output that of the last layer.
@@ -107,7 +108,10 @@ class FusedChain(nn.Sequential):
     def __init__(self, *layers: nn.Module, segments: int | Sequence[int] = 1) -> None:
         super().__init__(*layers)
         _check(self)
-        self.segments = tuple(segments) if isinstance(segments, Sequence) else operator.index(segments)
+        if isinstance(segments, Sequence):
+            self.segments: int | tuple[int, ...] = tuple(map(operator.index, segments))
+        else:
+            self.segments = operator.index(segments)
         self._starts()
 
     def forward(self, input: Tensor) -> Tensor:
@@ -152,7 +156,7 @@ class FusedChain(nn.Sequential):
                 raise ValueError(f"segments must lie between 1 and the number of layers, {count}, got {segments}")
             return [i * count // segments for i in range(segments)]
         starts = [0, *segments]
-        if any(a >= b for a, b in itertools.pairwise([*starts, max(1, count)])):
+        if not segments or any(a >= b for a, b in itertools.pairwise([*starts, max(1, count)])):
             raise ValueError(f"segments must begin at ascending indices from 1 to {count - 1}, got {list(segments)}")
         return starts
 
