@@ -21,6 +21,10 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 WAITING = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default)
 
 
+# Operators that write without saying so: running mean and variance.
+SILENT_WRITES = {torch.ops.aten.native_batch_norm.default: (3, 4)}
+
+
 class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -31,8 +35,9 @@ class Recorder(TorchDispatchMode):
         if func in WAITING:
             raise RuntimeError(f"{func} is not permitted when the stream is capturing")
         kwargs = kwargs or {}
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write:
+        silent = SILENT_WRITES.get(func, ())
+        for i, (argument, value) in enumerate(zip(func._schema.arguments, args, strict=False)):
+            if i in silent or (argument.alias_info is not None and argument.alias_info.is_write):
                 for t in tree_leaves(value):
                     storage = t.untyped_storage()
                     self.before.setdefault(storage._cdata, (storage, storage.clone()))

@@ -18,15 +18,21 @@ from layerwise_ext import functional, reference
 from layerwise_ext.nn import (
     ContrastiveHead,
     ConvBNReLU2d,
+    ConvHead,
     FunctionHead,
     GoodnessHead,
     HeadOutput,
+    InfoProHead,
     LocalHead,
     LocalStage,
+    MLPSRHead,
+    ModuleHead,
     PooledLinearHead,
     PooledMoments,
     PredSimHead,
+    ReconstructionHead,
     SimilarityHead,
+    infopro_weights,
 )
 from layerwise_ext.train import GreedyTrainer, LocalTrainer
 from torch import Tensor, nn
@@ -88,6 +94,52 @@ def contrastive(head: Any, y: Tensor, target: Tensor) -> Tensor:
     return torch.stack(losses).mean()
 
 
+def normalised(x: Tensor, norm: Any) -> Tensor:
+    return F.batch_norm(x, None, None, norm.weight, norm.bias, training=True)
+
+
+def conv(head: Any, y: Tensor, target: Tensor) -> Tensor:
+    for layer in head.layers:
+        y = F.relu(normalised(F.conv2d(y, layer.conv.weight, padding=1), layer.bn))
+    norm, _, linear = head.output
+    return F.cross_entropy(linear(normalised(F.adaptive_avg_pool2d(y, 2), norm).flatten(1)), target)
+
+
+def mlp_sr(head: Any, y: Tensor, target: Tensor) -> Tensor:
+    y = F.avg_pool2d(y, 4)
+    *convolutions, _, _ = head.layers[:5]
+    for layer in convolutions:
+        y = F.relu(normalised(torch.einsum("nchw,kc->nkhw", y, layer.conv.weight[:, :, 0, 0]), layer.bn))
+    x = F.adaptive_avg_pool2d(y, 2).flatten(1)
+    for i in (5, 8, 11):
+        x = F.relu(normalised(head.layers[i](x), head.layers[i + 1]))
+    return F.cross_entropy(head.layers[14](x), target)
+
+
+def module(head: Any, y: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(head.module[2](F.adaptive_avg_pool2d(y, 2).flatten(1)), target)
+
+
+def reconstruction(head: Any, y: Tensor, target: Tensor) -> Tensor:
+    first, second = head.decoder
+    hidden = F.relu(normalised(F.conv2d(y, first.conv.weight, padding=1), first.bn))
+    decoded, image = F.conv2d(hidden, second.weight, second.bias, padding=1), images(n=len(y))
+    if head.loss == "mse":
+        return (decoded - image).square().mean()
+    return F.binary_cross_entropy(decoded.sigmoid(), (image * head.std + head.mean).clamp(0, 1))
+
+
+def infopro(head: Any, y: Tensor, target: Tensor) -> Tensor:
+    x = F.relu(normalised(F.conv2d(y, head.conv.conv.weight, padding=1), head.conv.bn)).mean((2, 3))
+    first, _, second = head.projection
+    x = second(F.relu(first(x)))
+    if head.task == "softmax":
+        task = F.cross_entropy(x, target)
+    else:
+        task = functional.supervised_contrastive_loss(x, target, temperature=head.temperature)
+    return 0.3 * reconstruction(head.reconstruction, y, target) + 0.7 * task
+
+
 def norm_ratio(moments: PooledMoments, target: Tensor) -> Tensor:
     return (moments.m1.square().sum() / moments.m2.sum()) + (moments.std[..., 0, 0] * target[:, None]).mean()
 
@@ -110,6 +162,20 @@ HEADS: dict[str, tuple[Make, Peer]] = {
     "contrastive": (lambda: ContrastiveHead(C, 2, 5, hidden=7, temperature=0.3, **DOUBLE), contrastive),
     "contrastive, without a network": (lambda: ContrastiveHead(C, features=None), contrastive),
     "function": (lambda: FunctionHead(norm_ratio, 2), norm_ratio_of_map),
+    "conv, depth 1": (lambda: ConvHead(C, CLASSES, 1, **DOUBLE), conv),
+    "conv, depth 3": (lambda: ConvHead(C, CLASSES, 3, channels=5, **DOUBLE), conv),
+    "mlp_sr": (lambda: MLPSRHead(C, CLASSES, (8, 8), hidden=7, **DOUBLE), mlp_sr),
+    "module": (
+        lambda: ModuleHead(nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * C, CLASSES, **DOUBLE))),
+        module,
+    ),
+    "reconstruction": (lambda: ReconstructionHead(C, mean=[0.1, 0.2, 0.3], std=0.5, **DOUBLE), reconstruction),
+    "reconstruction, mse": (lambda: ReconstructionHead(C, 3, 4, loss="mse", **DOUBLE), reconstruction),
+    "infopro": (lambda: InfoProHead(C, CLASSES, weights=(0.3, 0.7), **DOUBLE), infopro),
+    "infopro, contrastive": (
+        lambda: InfoProHead(C, CLASSES, "contrastive", weights=(0.3, 0.7), features=5, temperature=0.4, **DOUBLE),
+        infopro,
+    ),
 }
 
 
@@ -167,11 +233,13 @@ def test_gradcheck(name: str) -> None:
     head = HEADS[name][0]()
     target = targets(name)[:4]
     y = torch.randn(4, C, 4, 4, dtype=torch.float64, requires_grad=True)
+    image = torch.rand(4, 3, 6, 6, dtype=torch.float64)
 
     def loss(y: Tensor, *parameters: Tensor) -> Tensor:
         zero, one = torch.zeros(C), torch.ones(C)
         y, m1, m2 = functional.bn_act_moments(y, zero, one, eps=0.0, activation="identity", bins=head.bins)
         moments = PooledMoments(m1, m2, (4, 4), y)
+        moments.image = image
         names = (key for key, _ in head.named_parameters())
         return torch.func.functional_call(head, dict(zip(names, parameters, strict=True)), (moments, target)).loss
 
@@ -225,6 +293,7 @@ def test_constant_channels_and_samples_without_any_have_finite_gradients(name: s
     y[3] = 0  # a sample
     y.requires_grad_()
     moments = PooledMoments.of(y, head.bins)
+    moments.image = images((4, 4))
     head(moments, target).loss.backward()
     assert y.grad is not None and y.grad.isfinite().all() and y.grad.abs().max() < 1e3
     assert y.grad[0].any()
@@ -328,17 +397,54 @@ def test_without_a_target_there_is_no_loss(name: str) -> None:
     with torch.inference_mode():
         _, loss, logits = stage(images())
     assert loss is None
-    classes = {"predsim": CLASSES, "predsim, projected": CLASSES, "goodness": 2}
+    classes = dict.fromkeys(
+        ["predsim", "predsim, projected", "conv, depth 1", "conv, depth 3", "mlp_sr", "module", "infopro"], CLASSES
+    )
+    classes["goodness"] = 2
     assert (None if logits is None else logits.shape) == ((N, classes[name]) if name in classes else None)
 
 
 # -- Single heads ------------------------------------------------------------------------------------------------------
 
 
-def test_predsim_gives_its_classifier_to_a_plain_network() -> None:
-    stage = make_stage("predsim, projected")
+@pytest.mark.parametrize("name", ["predsim, projected", "conv, depth 1", "conv, depth 3", "mlp_sr", "module"])
+def test_classifiers_serve_a_plain_network(name: str) -> None:
+    stage = make_stage(name)
     _, _, logits = stage(images(), targets(""))
     torch.testing.assert_close(stage.head.to_modules()(stage.features(images())), logits, **TOLERANCE)
+
+
+def test_the_image_is_another_size_than_the_map() -> None:
+    stage = LocalStage(ConvBNReLU2d(3, C, 3, 2, 1, **DOUBLE), ReconstructionHead(C, **DOUBLE))
+    image, x = torch.rand(N, 3, 16, 16, dtype=torch.float64), images((8, 8))
+    y = stage.features(x)
+    decoded = stage.head.decoder(F.interpolate(y, (16, 16), mode="bilinear", align_corners=True))
+    expected = F.binary_cross_entropy(decoded.sigmoid(), image)
+    torch.testing.assert_close(stage(x, targets(""), image).loss, expected, **TOLERANCE)
+    assert not torch.equal(stage(x, targets("")).loss, expected)  # of its input
+    with pytest.raises(ValueError, match=r"images of 3 channels, got shape \[9, 1, 8, 8\]"):
+        stage(x, targets(""), x[:, :1])
+    pred = LocalStage(ConvBNReLU2d(3, C, 3, **DOUBLE), PooledLinearHead(C, CLASSES, 1, **DOUBLE))
+    assert torch.equal(pred(x, targets(""), image).loss, pred(x, targets("")).loss)
+    _, moments = pred.moments(x)
+    with pytest.raises(RuntimeError, match="needs_image is False"):
+        _ = moments.image
+
+
+def test_infopro_weights() -> None:
+    assert infopro_weights(3, (4, 0), (0, 1)) == [(4, 0), (2, 0.5), (0, 1)]
+    assert infopro_weights(1, (4, 0), (0, 1)) == [(4, 0)]
+    assert infopro_weights(0) == []
+    with pytest.raises(ValueError, match="stages is -1"):
+        infopro_weights(-1)
+
+
+@pytest.mark.parametrize(("size", "bins"), [((8, 8), (2, 2)), ((7, 33), (2, 9)), ((1, 3), (1, 1))])
+def test_mlp_sr_sees_a_quarter_of_the_resolution(size: tuple[int, int], bins: tuple[int, int]) -> None:
+    head = MLPSRHead(C, CLASSES, size)
+    assert head.bins == bins
+    linear = next(layer for layer in head.layers if isinstance(layer, nn.Linear))
+    assert linear.in_features == C * min(2, bins[0]) * min(2, bins[1])
 
 
 def test_the_goodness_classifies() -> None:
@@ -467,6 +573,15 @@ LABELS = torch.zeros(2, dtype=torch.int64)
     (lambda: PredSimHead(4, 2, beta=1.5), "beta is 1.5; allowed: 0 to 1"),
     (lambda: PredSimHead(4, 2, bins=0), r"bins is \(0, 0\); both must be at least 1"),
     (lambda: FunctionHead(norm_ratio, (2, 0)), r"bins is \(2, 0\); both must be at least 1"),
+    (lambda: ReconstructionHead(4, loss="l1"), "loss is 'l1'; allowed: 'bce', 'mse'"),
+    (lambda: ReconstructionHead(4, mean=[0.1, 0.2]), "mean has 2 values; allowed: 1 or 3"),
+    (lambda: InfoProHead(4, 3, "both"), "task is 'both'; allowed: 'softmax', 'contrastive'"),
+    (lambda: InfoProHead(4, 3, weights=(-1, 1)), r"weights are \(-1, 1\)"),
+    (lambda: InfoProHead(4, 3, temperature=0), "temperature is 0"),
+    (lambda: ConvHead(4, 3, 0), "depth is 0; it must be at least 1"),
+    (lambda: ConvHead(4, 3, bins=0), r"bins is \(0, 0\)"),
+    (lambda: MLPSRHead(4, 3, (0, 4)), r"map_size is \(0, 4\)"),
+    (lambda: ConvHead(4, 3, label_smoothing=-1), "label_smoothing is -1; allowed: 0 to 1"),
     (lambda: ContrastiveHead(4, features=0), "features is 0; it must be at least 1"),
     (lambda: ContrastiveHead(4, temperature=0), "temperature is 0; it must be positive"),
     (lambda: functional.supervised_contrastive_loss(torch.ones(2, 2), LABELS, temperature=-1),
@@ -484,7 +599,7 @@ def test_bad_function() -> None:
         FunctionHead("loss")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", [name for name in HEADS if name != "function"])
+@pytest.mark.parametrize("name", [n for n in HEADS if n != "function" and not n.startswith("reconstruction")])
 def test_bad_targets_and_shapes(name: str) -> None:
     stage, target = make_stage(name), targets(name)
     with pytest.raises(TypeError, match=r"target .*int32"):
@@ -495,7 +610,7 @@ def test_bad_targets_and_shapes(name: str) -> None:
         for wrong in (-1, 3):
             with pytest.raises(ValueError, match="target is out of range"):
                 stage(images(), target + wrong)
-    if name != "goodness":
+    if name not in ("goodness", "module"):
         other = LocalStage(ConvBNReLU2d(3, C + 1, 3, **DOUBLE), stage.head)
         with pytest.raises(ValueError, match=r"built for pooled features \[6, .*stage gives \[7"):
             other(images(), target)

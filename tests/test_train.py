@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from layerwise_ext.models import StagedModel, vgg
-from layerwise_ext.nn import LocalStage, PooledLinearHead
+from layerwise_ext.nn import LocalStage, PooledLinearHead, ReconstructionHead
 from layerwise_ext.train import GreedyTrainer, JointTrainer, LocalTrainer, Trainer
 from layerwise_ext.train.feature_cache import FeatureCache
 from torch import nn
@@ -526,6 +526,11 @@ def test_bad_arguments() -> None:
         (ValueError, "stages is empty", lambda: LocalTrainer([])),
         (TypeError, r"stages\[0\] is Linear", lambda: JointTrainer([nn.Linear(2, 2)])),  # type: ignore[list-item]
         (ValueError, r"stages\[0\] has detach=False", lambda: LocalTrainer([stage])),
+        (
+            ValueError,
+            r"stages\[1\] has a ReconstructionHead, which looks at the image",
+            lambda: GreedyTrainer([stage, LocalStage(nn.Identity(), ReconstructionHead(1)), stage]),
+        ),
         (ValueError, "autocast_dtype is torch.float16", lambda: JointTrainer(network(), autocast_dtype=torch.float16)),
         (ValueError, "ReduceLROnPlateau", lambda: JointTrainer(network(), scheduler=plateau)),
         (ValueError, "epochs is 0", lambda: trainer_for(JointTrainer, network()).fit(loader(), 0)),

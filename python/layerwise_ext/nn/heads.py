@@ -33,11 +33,13 @@ class LocalHead(nn.Module, ABC):
         second_moment: whether the head looks at ``m2`` and what comes from it; without it a stage saves that work.
         needs_map: whether the head looks at ``y`` itself. The backward pass is then the general one, with a gradient
             of ``y`` in memory.
+        needs_image: whether the head looks at the network's image.
     """
 
     bins: tuple[int, int]
     second_moment = True
     needs_map = False
+    needs_image = False
 
     @abstractmethod
     def forward(self, moments: PooledMoments, target: Tensor | None = None) -> HeadOutput:
@@ -142,12 +144,10 @@ class PooledLinearHead(ClassifierHead):
         rows, columns = grid(bins)
         if min(in_channels, num_classes) < 1:
             raise ValueError(f"in_channels and num_classes are {in_channels}, {num_classes}; both must be at least 1")
-        if not 0.0 <= label_smoothing <= 1.0:
-            raise ValueError(f"label_smoothing is {label_smoothing}; allowed: 0 to 1")
         self.in_channels = in_channels
         self.num_classes = num_classes
         self.bins = (rows, columns)
-        self.label_smoothing = label_smoothing
+        self.label_smoothing = check_label_smoothing(label_smoothing)
         self.linear = nn.Linear(in_channels * rows * columns, num_classes, bias, device=device, dtype=dtype)
         if zero_init:
             nn.init.zeros_(self.linear.weight)
@@ -176,6 +176,56 @@ class PooledLinearHead(ClassifierHead):
     def extra_repr(self) -> str:
         smoothing = f", label_smoothing={self.label_smoothing}" if self.label_smoothing else ""
         return f"{self.in_channels}, {self.num_classes}, bins={self.bins}{smoothing}"
+
+
+class ModuleHead(ClassifierHead):
+    """Any modules that classify a map, with cross-entropy; the stage's backward pass is then the general one.
+
+    Args:
+        module: maps ``[N, C, H, W]`` to logits ``[N, num_classes]``; the child ``module``.
+        label_smoothing: as in ``torch.nn.functional.cross_entropy``.
+
+    Shapes:
+        moments of the map that ``module`` takes; target ``[N]``, int64, -100 for a sample that the loss leaves out.
+
+    Raises:
+        ValueError: a module that gives other than ``[N, num_classes]``, a target out of range.
+        TypeError: a target that is not int64.
+    """
+
+    bins = (1, 1)
+    second_moment = False
+    needs_map = True
+
+    def __init__(self, module: nn.Module, *, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.module = module
+        self.label_smoothing = check_label_smoothing(label_smoothing)
+
+    def forward(self, moments: PooledMoments, target: Tensor | None = None) -> HeadOutput:
+        logits = self.module(moments.y)
+        if logits.dim() != 2 or logits.shape[0] != moments.y.shape[0]:
+            raise ValueError(
+                f"the head's module gives {list(logits.shape)} of a map {list(moments.y.shape)}; logits need "
+                f"[{moments.y.shape[0]}, num_classes]"
+            )
+        if target is None:
+            return HeadOutput(logits, None)
+        check_target(target, logits)
+        with torch.autocast(logits.device.type, enabled=False):
+            loss = cross_entropy(
+                logits if logits.dtype == torch.float64 else logits.float(), target, self.label_smoothing
+            )
+        return HeadOutput(logits, loss)
+
+    def to_modules(self) -> nn.Sequential:
+        return self.module if isinstance(self.module, nn.Sequential) else nn.Sequential(self.module)
+
+
+def check_label_smoothing(value: float) -> float:
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"label_smoothing is {value}; allowed: 0 to 1")
+    return value
 
 
 def grid(bins: int | tuple[int, int]) -> tuple[int, int]:

@@ -28,6 +28,7 @@ class PooledMoments:
         self._m2 = m2
         self._y = y
         self.size = size
+        self._image: Tensor | None = None
 
     @staticmethod
     def of(y: Tensor, bins: tuple[int, int], *, second_moment: bool = True) -> PooledMoments:
@@ -64,6 +65,21 @@ class PooledMoments:
         if self._y is None:
             raise RuntimeError("y was not kept: the head's attribute needs_map is False")
         return self._y
+
+    @property
+    def image(self) -> Tensor:
+        """``[N, C', H', W']``, the network's image, or what else the stage was given as one.
+
+        Raises:
+            RuntimeError: the head that the moments were made for declared ``needs_image = False``.
+        """
+        if self._image is None:
+            raise RuntimeError("the image was not given: the head's attribute needs_image is False")
+        return self._image
+
+    @image.setter
+    def image(self, image: Tensor) -> None:
+        self._image = image
 
     @property
     def device(self) -> torch.device:
@@ -165,6 +181,7 @@ class _DenseMoments(PooledMoments):
         if bins[0] > y.shape[2] or bins[1] > y.shape[3]:
             raise ValueError(f"the head pools to {bins} cells but the map is only {tuple(y.shape[2:])}")
         self._y: Tensor = y
+        self._image = None
         self._bins = bins
         # A variance is a difference, in which a mean in bfloat16 would be felt. By itself the mean may be rounded: the
         # pool accumulates in float32 and rounds once, at the end.

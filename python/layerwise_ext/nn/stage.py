@@ -78,12 +78,19 @@ class LocalStage(nn.Module):
         self._captured: _graphs.CapturedFunction | None = None
         self._used: list[nn.Parameter] = []  # those that have a gradient in the captured step
 
-    def forward(self, x: Tensor, target: Tensor | None = None) -> StageOutput:
+    def forward(self, x: Tensor, target: Tensor | None = None, image: Tensor | None = None) -> StageOutput:
+        """
+        Args:
+            x: ``[N, C_in, H, W]``.
+            target: what the head compares with, ``[N]`` class indices for most; without it there is no loss.
+            image: the network's image, for heads that look at it (``head.needs_image``); None: they get x.
+        """
         if self.detach and x.requires_grad:
             x = x.detach()
+        inputs = [x] if image is None or not self.head.needs_image else [x, image]
         if self.cuda_graph and target is not None and self.training and _can_replay(x):
-            return self._replay(x, target)
-        features, moments = self.moments(x)
+            return self._replay(target, *inputs)
+        features, moments = self.moments(*inputs)
         logits, loss = self.head(moments, target)
         return StageOutput(features.detach() if self.detach else features, loss, logits)
 
@@ -92,11 +99,17 @@ class LocalStage(nn.Module):
         features: Tensor = self.body(x)
         return features if self.downsample is None else self.downsample(features)
 
-    def moments(self, x: Tensor) -> tuple[Tensor, PooledMoments]:
+    def moments(self, x: Tensor, image: Tensor | None = None) -> tuple[Tensor, PooledMoments]:
         """The features, and the moments over ``head.bins`` of the body's output.
 
         Without ``downsample`` or without ``detach`` the features have their graph.
         """
+        features, moments = self._moments(x)
+        if self.head.needs_image:
+            moments.image = x if image is None else image
+        return features, moments
+
+    def _moments(self, x: Tensor) -> tuple[Tensor, PooledMoments]:
         body, head, downsample = self.body, self.head, self.downsample
         while type(body) is nn.Sequential and len(body):
             *first, body = body
@@ -117,22 +130,22 @@ class LocalStage(nn.Module):
             y = downsample(y.detach() if self.detach else y)
         return y, moments
 
-    def _replay(self, x: Tensor, target: Tensor) -> StageOutput:
+    def _replay(self, target: Tensor, *inputs: Tensor) -> StageOutput:
         if self._captured is None:
             _graphs.check_capturable([self])
             self._captured = _graphs.CapturedFunction(self._step, self._settings)
-        features, loss, *rest = self._captured(x, target)
+        features, loss, *rest = self._captured(target, *inputs)
         gradients, logits = rest[: len(self._used)], rest[len(self._used) :]
         loss = _Captured.apply(loss, self._captured, gradients, *self._used)
         return StageOutput(features, loss, logits[0].clone() if logits else None)
 
-    def _step(self, x: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    def _step(self, target: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The whole step: features, loss, the gradients of the parameters that the loss depends on, logits if any."""
         # Leaves of its own: those of the parameters may belong to a loss that is still alive and to another stream.
         leaves = {name: p.detach().requires_grad_(p.requires_grad) for name, p in self.named_parameters()}
-        with _graphs.without_cast_cache(x.device):
+        with _graphs.without_cast_cache(target.device):
             names = {f"stage.{name}": leaf for name, leaf in leaves.items()}
-            features, loss, logits = torch.func.functional_call(_Step(self), names, (x, target))
+            features, loss, logits = torch.func.functional_call(_Step(self), names, (target, *inputs))
         trainable = [(p, leaves[name]) for name, p in self.named_parameters() if p.requires_grad]
         gradients = torch.autograd.grad(loss, [leaf for _, leaf in trainable], allow_unused=True)
         self._used = [p for (p, _), gradient in zip(trainable, gradients, strict=True) if gradient is not None]
@@ -157,8 +170,8 @@ class _Step(nn.Module):
         super().__init__()
         self.stage = stage
 
-    def forward(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        features, moments = self.stage.moments(x)
+    def forward(self, target: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        features, moments = self.stage.moments(*inputs)
         logits, loss = self.stage.head(moments, target)
         return features, cast(Tensor, loss), logits
 

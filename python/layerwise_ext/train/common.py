@@ -301,11 +301,11 @@ class Trainer(ABC):
         }
 
     def _score(self, x: Tensor, target: Tensor, reported: list[int]) -> StepResult:
-        losses, logits = [], []
+        losses, logits, images = [], [], x
         with self._autocast():
             for index, stage in enumerate(self.stages[: reported[-1] + 1]):
                 if index in reported:
-                    output = stage(x, target)
+                    output = stage(x, target, images)
                     losses.append(output.loss)
                     logits.append(output.logits)
                     x = output.features

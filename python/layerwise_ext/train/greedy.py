@@ -30,6 +30,9 @@ class GreedyTrainer(Trainer):
     Attributes:
         stage: index of the stage that is being trained; ``len(stages)`` when all are done.
         stage_epoch: finished epochs of that stage.
+
+    Raises:
+        ValueError: a head that looks at the image, behind the first stage.
     """
 
     def __init__(self, *args: Any, cache: bool = True, cache_limit_bytes: int = 2 << 30, **kwargs: Any) -> None:
@@ -42,6 +45,15 @@ class GreedyTrainer(Trainer):
         self._fits = True
         # Generators as they were when the current stage's inputs were computed: a resumed run computes them again.
         self._cache_random_state: dict[str, Any] | None = None
+
+    def _check_stages(self) -> None:
+        super()._check_stages()
+        for index, stage in enumerate(self.stages):
+            if index > 0 and stage.head.needs_image:
+                raise ValueError(
+                    f"stages[{index}] has a {type(stage.head).__name__}, which looks at the image: a "
+                    "GreedyTrainer keeps the outputs of frozen stages only; use a LocalTrainer, or another head behind the first stage"
+                )
 
     def _step(self, x: Tensor, target: Tensor) -> StepResult:
         """One step of the current stage on its inputs ``x``."""

@@ -25,10 +25,10 @@ class LocalTrainer(Trainer):
                 raise ValueError(f"stages[{index}] has detach=False; local training needs detach=True")
 
     def _step(self, x: Tensor, target: Tensor) -> StepResult:
-        losses, logits = [], []
+        losses, logits, images = [], [], x
         for stage, optimizer in zip(self.stages, self.optimizers, strict=True):
             with self._autocast():
-                output = stage(x, target)
+                output = stage(x, target, images)
             output.loss.backward()
             optimizer.step()
             # Dropping the gradients at once keeps those of one stage only in memory.
