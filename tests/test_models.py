@@ -6,13 +6,16 @@ import copy
 
 import pytest
 import torch
-from layerwise_ext.models import VGG_HEADS, StagedModel, vgg
+from layerwise_ext.models import HEADS, StagedModel, vgg
 from layerwise_ext.nn import (
     ContrastiveHead,
     ConvBNReLU2d,
+    ConvHead,
     HeadOutput,
     LocalHead,
     LocalStage,
+    MLPSRHead,
+    ModuleHead,
     PooledLinearHead,
     PooledMoments,
     PredSimHead,
@@ -95,18 +98,18 @@ def test_width_large_images_and_copies() -> None:
     assert copy.deepcopy(model)(torch.randn(2, 3, 66, 66)).shape == (2, 10)
 
 
-@pytest.mark.parametrize("head", VGG_HEADS)
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("hidden", [16, None])
 def test_heads(head: str, hidden: int | None) -> None:
     options = {**SMALL, "hidden": hidden, "head": head, "beta": 0.9, "activation": "leaky_relu"}
     model, plain = vgg([8, "M", 16], **options), vgg([8, "M", 16], **options, fused=False)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
-    kinds = {"pooled": PooledLinearHead, "similarity": SimilarityHead, "predsim": PredSimHead,
-             "contrastive": ContrastiveHead}  # fmt: skip
+    kinds = {"pooled": PooledLinearHead, "similarity": SimilarityHead, "predsim": PredSimHead, "conv": ConvHead,
+             "contrastive": ContrastiveHead, "mlp": MLPSRHead, "auglocal": ModuleHead}  # fmt: skip
     kind = kinds[head.partition("_")[0]]
     assert all(type(stage.head) is kind for stage in list(model)[:-1])
     assert type(model[-1].head) is (PredSimHead if kind is PredSimHead else PooledLinearHead)
-    projects = [any(isinstance(m, nn.Conv2d) for m in stage.head.modules()) for stage in model]
+    projects = [any(getattr(m, "projection", None) is not None for m in stage.head.modules()) for stage in model]
     is_last = [stage is model[-1] for stage in model]
     if not head.endswith("projected"):
         assert not any(projects)

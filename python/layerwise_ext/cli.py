@@ -24,10 +24,20 @@ if TYPE_CHECKING:  # torch takes seconds to import; --help should not
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 MODES = ("joint", "local", "greedy")
 # Options of `train` that decide what is computed: a resumed run must have the same ones.
-DEFINING = ("data", "model", "width_multiplier", "head", "activation", "mode", "batch_size", "lr", "optimizer", "dtype",
-            "seed", "limit_train", "plain")  # fmt: skip
+DEFINING = ("data", "model", "width_multiplier", "downsampling", "head", "activation", "mode", "batch_size", "lr",
+            "optimizer", "dtype", "seed", "limit_train", "plain")  # fmt: skip
 # Of models.vgg, which is not imported for --help.
-HEADS = ("pooled_linear", "similarity", "similarity_projected", "predsim", "predsim_projected", "contrastive")
+HEADS = (
+    "pooled_linear",
+    "similarity",
+    "similarity_projected",
+    "predsim",
+    "predsim_projected",
+    "contrastive",
+    "conv",
+    "mlp_sr",
+    "auglocal",
+)
 
 
 class UsageError(Exception):
@@ -63,8 +73,12 @@ def build_parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a network on your data", formatter_class=defaults)
     train.add_argument("--data", choices=("digits", "mnist", "fashion-mnist", "cifar10"), default="digits")
     train.add_argument("--data-dir", type=Path, help="folder of the data files; default: $LAYERWISE_DATA")
-    train.add_argument("--model", default="vgg8b", help="vgg8b, vgg11b, or widths and pools such as 32,M,64,M")
+    train.add_argument("--model", default="vgg8b",
+                       help="vgg8b, vgg11b, vgg11 to vgg19, resnet18 to resnet152, resnet20 to resnet110, cnn, or "
+                       "widths and pools such as 32,M,64,M")  # fmt: skip
     train.add_argument("--width-multiplier", type=_positive(float), default=1.0)
+    train.add_argument("--downsampling", default="standard",
+                       help="where the resolution halves: standard, accelerated, or units such as 1,3,4,5")  # fmt: skip
     train.add_argument("--mode", choices=MODES, default="local")
     train.add_argument("--head", choices=HEADS, default="pooled_linear", help="the local loss of the stages")
     train.add_argument("--activation", choices=("relu", "leaky_relu"), default="relu")
@@ -167,7 +181,10 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _run_name(arguments: argparse.Namespace) -> str:
     parts = [arguments.data, arguments.model.replace(",", "_"), arguments.mode]
-    return "-".join(parts + ([] if arguments.head == "pooled_linear" else [arguments.head]))
+    for name, usual in (("head", "pooled_linear"), ("downsampling", "standard")):
+        if getattr(arguments, name) != usual:
+            parts.append(getattr(arguments, name).replace(",", "_"))
+    return "-".join(parts)
 
 
 def _check_run_folder(output: Path, settings: dict[str, Any], resume: bool) -> None:
@@ -191,6 +208,14 @@ def _check_run_folder(output: Path, settings: dict[str, Any], resume: bool) -> N
 def _model(arguments: argparse.Namespace, shape: tuple[int, ...]) -> StagedModel:
     from layerwise_ext import models
 
+    downsampling: str | list[int] = arguments.downsampling
+    if arguments.downsampling not in ("standard", "accelerated"):
+        try:
+            downsampling = [int(unit) for unit in arguments.downsampling.split(",")]
+        except ValueError as error:
+            raise ValueError(
+                f"downsampling is {arguments.downsampling!r}; allowed: standard, accelerated, or units such as 1,3,4,5"
+            ) from error
     config: str | list[int | str] = arguments.model
     if "," in arguments.model or arguments.model.isdigit():
         try:
@@ -198,16 +223,24 @@ def _model(arguments: argparse.Namespace, shape: tuple[int, ...]) -> StagedModel
         except ValueError as error:
             raise ValueError(f"model is {arguments.model!r}; widths and M, such as 32,M,64, are allowed") from error
     channels, *size = shape
-    return models.vgg(
-        config,
-        in_channels=channels,
-        image_size=(size[0], size[1]),
-        width_multiplier=arguments.width_multiplier,
-        fused=not arguments.plain,
-        head=arguments.head,
-        activation=arguments.activation,
-        seed=arguments.seed,
-    )
+    options: dict[str, Any] = {
+        "in_channels": channels,
+        "image_size": (size[0], size[1]),
+        "width_multiplier": arguments.width_multiplier,
+        "downsampling": downsampling,
+        "fused": not arguments.plain,
+        "head": arguments.head,
+        "activation": arguments.activation,
+        "seed": arguments.seed,
+    }
+    if arguments.model == "cnn":
+        return models.cnn(**options)
+    if arguments.model in models.RESNET_CONFIGS:
+        return models.resnet(arguments.model, **options)
+    if isinstance(config, str) and config not in models.VGG_CONFIGS:
+        names = ", ".join([*models.VGG_CONFIGS, *models.RESNET_CONFIGS])
+        raise ValueError(f"model is {config!r}; allowed: {names}, cnn, or widths and pools such as 32,M,64")
+    return models.vgg(config, **options)
 
 
 def _trainer(arguments: argparse.Namespace, model: StagedModel) -> Trainer:

@@ -19,13 +19,15 @@ class StagedModel(nn.Module):
     passed wherever a list of stages is expected.
 
     Args:
-        stages: at least one; the last one's head must be a :class:`~layerwise_ext.nn.ClassifierHead`: a
-            :class:`~layerwise_ext.nn.PooledLinearHead` or :class:`~layerwise_ext.nn.PredSimHead`.
+        stages: at least one; the last one's head must be a :class:`~layerwise_ext.nn.ClassifierHead`, such as
+            a :class:`~layerwise_ext.nn.PooledLinearHead` or a :class:`~layerwise_ext.nn.PredSimHead`.
+        downsampling: the schedule that the network was built by, for reports (:mod:`layerwise_ext.models.schedule`);
+            None where there was none.
     """
 
     stages: nn.ModuleList
 
-    def __init__(self, stages: Sequence[LocalStage]) -> None:
+    def __init__(self, stages: Sequence[LocalStage], downsampling: tuple[int, ...] | None = None) -> None:
         super().__init__()
         if not stages:
             raise ValueError("stages is empty; a network needs at least one stage")
@@ -35,6 +37,7 @@ class StagedModel(nn.Module):
                 "PredSimHead or another ClassifierHead"
             )
         self.stages = nn.ModuleList(stages)
+        self.downsampling = downsampling
 
     def __len__(self) -> int:
         return len(self.stages)
