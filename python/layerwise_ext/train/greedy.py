@@ -51,8 +51,8 @@ class GreedyTrainer(Trainer):
         for index, stage in enumerate(self.stages):
             if index > 0 and stage.head.needs_image:
                 raise ValueError(
-                    f"stages[{index}] has a {type(stage.head).__name__}, which looks at the image: a "
-                    "GreedyTrainer keeps the outputs of frozen stages only; use a LocalTrainer, or another head behind the first stage"
+                    f"stages[{index}] has a {type(stage.head).__name__}, which looks at the image, but only outputs of "
+                    "frozen stages are kept; use a LocalTrainer, or another head behind the first stage"
                 )
 
     def _step(self, x: Tensor, target: Tensor) -> StepResult:
