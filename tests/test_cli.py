@@ -85,6 +85,29 @@ def test_heads(tmp_path: Path, head: str, capsys: pytest.CaptureFixture[str]) ->
     plain.backbone().load_state_dict(weights(tmp_path / "run"), strict=True)
 
 
+@pytest.mark.parametrize("options", [
+    ["--model", "resnet20", "--downsampling", "accelerated", "--head", "predsim"],
+    ["--model", "cnn", "--width-multiplier", "0.05", "--mode", "joint"],
+    ["--model", "8,8,M,8", "--downsampling", "1,2"],
+])  # fmt: skip
+def test_networks_and_schedules(tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(tmp_path / "run", *options, "--epochs", "1") == 0
+    assert "test accuracy 0." in capsys.readouterr().out
+    assert (
+        "--downsampling is 'standard', but"
+        in refused(capsys, *TINY, *options[:2], "--output", str(tmp_path / "run"), "--resume")
+        or "--downsampling" not in options
+    )
+
+
+def test_schedules_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = str(tmp_path / "run")
+    message = refused(capsys, *TINY, "--downsampling", "1,,2", "--output", output)
+    assert "downsampling is '1,,2'; allowed: standard, accelerated, or units such as 1,3,4,5" in message
+    message = refused(capsys, *TINY, "--model", "resnet19", "--output", output)
+    assert "model is 'resnet19'; allowed: vgg8b" in message and not (tmp_path / "run").exists()
+
+
 def test_the_heads_are_those_of_the_model() -> None:
     assert cli.HEADS == models.HEADS
 
