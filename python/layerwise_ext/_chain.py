@@ -199,8 +199,9 @@ class _Memory:
     all fit they are evenly spaced, and the next sweep starts from the nearest one.
     """
 
-    # Of what a layer has at a time beside z (gradients of its output and input, its input and residual) so many maps
-    # had no room yet when the backward pass began and its memory was at its peak; measured on ResNet-18, 20 and 50.
+    # Left free for what a layer has at a time beside z: gradients of its output and input, its input and residual. Of
+    # these four maps two fit into what the last layers needed at the peak, where the backward pass begins: measured on
+    # ResNet-18, 20 and 50, two keep that peak, one does not.
     WORKING_MAPS = 2
 
     def __init__(self) -> None:

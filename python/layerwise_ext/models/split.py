@@ -102,8 +102,9 @@ def split(
             local.to(parameter.device, parameter.dtype)
         result.append(LocalStage(body, local))
     staged = StagedModel(result, model.downsampling if isinstance(model, StagedModel) else None)
+    given = set(model.modules())
     for module in staged.modules():
-        if module not in set(model.modules()):
+        if module not in given:
             module.training = model.training
     return staged
 
