@@ -183,38 +183,40 @@ Tensor empty_weight_gradient(const Tensor& weight) {
   return like.scalar_type() == ScalarType::Float ? like : torch::stable::to(like, ScalarType::Float);
 }
 
-// The weight gradient with dz formed inside it and never written.
-Tensor fused_weight_gradient(GradientInputs& gradient, const Tensor& input, const Tensor& conv_weight,
-                             const Ints& stride, const Ints& padding, const Ints& dilation) {
+// The weight gradient where this package has it; of a gradient that is formed on the way or, if `is_formed`, of dz itself.
+Tensor own_weight_gradient(const InputGradientParams& gradient, bool is_formed, const Tensor& input,
+                           const Tensor& conv_weight, const Window& window) {
   WeightGradientParams p{};
-  p.gradient = gradient.params;
+  p.gradient = gradient;
+  p.is_formed = is_formed;
   p.x = input.const_data_ptr();
   p.x_shape = shape_of(input);
   p.x_strides = strides_of(input);
-  p.window = window_of(conv_weight, stride, padding, dilation);
+  p.window = window;
   Tensor dw = empty_weight_gradient(conv_weight);
   cpu::weight_gradient(p, static_cast<float*>(dw.mutable_data_ptr()), strides_of(dw), parallel_for);
   return dw.scalar_type() == conv_weight.scalar_type() ? dw : torch::stable::to(dw, conv_weight.scalar_type());
 }
 
-// The gradient of the input, where that is a convolution that has_winograd: of dz with the weight turned around, from
+// The gradient of the input, where that is a convolution that this package has: of dz with the weight turned around, from
 // output to input channels.
-std::optional<Tensor> winograd_input_gradient(const Tensor& dz, const Tensor& input, const Tensor& conv_weight,
-                                              const Window& window) {
+std::optional<Tensor> own_input_gradient(const Tensor& dz, const Tensor& input, const Tensor& conv_weight,
+                                         const Window& window) {
   Window turned = window;
   turned.padding_h = window.kernel_h - 1 - window.padding_h;
   turned.padding_w = window.kernel_w - 1 - window.padding_w;
   // Where ATen would write channels_last, too.
   const bool channels_last = is_nested_channels_last(input) || is_nested_channels_last(conv_weight);
-  if (!channels_last || turned.padding_h < 0 || turned.padding_w < 0 || !is_nested_channels_last(dz) ||
-      !cpu::has_winograd(map_of(dz, shape_of(input), Layout::kChannelsLast), shape_of(dz), strides_of(dz), turned))
+  if (!channels_last || window.stride_h != 1 || window.stride_w != 1 || turned.padding_h < 0 || turned.padding_w < 0 ||
+      !is_nested_channels_last(dz) ||
+      !cpu::has_convolution(map_of(dz, shape_of(input), Layout::kChannelsLast), shape_of(dz), strides_of(dz), turned))
     return std::nullopt;
   const Tensor w = weight_as(conv_weight, dz.scalar_type());
   const Strides s = strides_of(w);
   const int64_t last = (window.kernel_h - 1) * s.h + (window.kernel_w - 1) * s.w;
   Tensor gradient = allocate_map(dz, shape_of(input), Layout::kChannelsLast);
-  winograd_convolution(dz, static_cast<const char*>(w.const_data_ptr()) + last * w.element_size(),
-                       {s.c, s.n, -s.h, -s.w}, turned.padding_h, turned.padding_w, gradient, nullptr);
+  own_convolution(dz, static_cast<const char*>(w.const_data_ptr()) + last * w.element_size(), {s.c, s.n, -s.h, -s.w},
+                  turned, gradient, nullptr);
   return gradient;
 }
 
@@ -237,25 +239,28 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(bool overwrite, Tensor z, Optio
   const auto none = [&] { return empty_vector(z, 0, z.scalar_type()); };
   needs_residual = needs_residual && residual.has_value();
   Tensor grad_weight = none();
-  // First, from z, which dz may replace.  Where dz must be written anyway, only tiles are worth forming it once more; that
-  // of interleaved channels is written in parts.
-  const Map& dz_map = gradient.params.map;
-  if (needs_weight && plain && !is_interleaved(form) &&
-      (needs_input || needs_residual ? cpu::has_winograd(dz_map, shape_of(input), strides_of(input), kernel)
-                                     : cpu::has_weight_gradient(dz_map, shape_of(input), strides_of(input), kernel))) {
-    grad_weight = fused_weight_gradient(gradient, input, conv_weight, stride, padding, dilation);
-    needs_weight = false;
-  }
+  const bool own_weight = needs_weight && plain &&
+                          cpu::has_weight_gradient(gradient.params.map, shape_of(input), strides_of(input), kernel);
+  if (own_weight && !needs_input && !needs_residual && !is_interleaved(form))  // that of interleaved channels has parts
+    return {none(), own_weight_gradient(gradient.params, false, input, conv_weight, kernel), none()};
   if (!needs_input && !needs_weight && !needs_residual) return {none(), grad_weight, none()};
   Tensor dz = overwrite ? map : allocate_map(z, shape_of(z), layout);
   OptionalTensor grad_residual = overwrite_grad_y ? grad_y : empty_residual(z, layout, needs_residual);
   gradient.write(dz, grad_residual);
+  if (own_weight) {
+    InputGradientParams formed{};
+    formed.map = gradient.params.map;
+    formed.z = dz.const_data_ptr();
+    formed.z_strides = strides_of(dz);
+    grad_weight = own_weight_gradient(formed, true, input, conv_weight, kernel);
+    needs_weight = false;
+  }
+  const bool product =
+      plain && is_dense(dz, Layout::kChannelsLast) && is_product(input, conv_weight, stride, padding, groups);
   std::optional<Tensor> grad_input;
-  if (needs_input && plain) grad_input = winograd_input_gradient(dz, input, conv_weight, kernel);
+  if (needs_input && plain && !product) grad_input = own_input_gradient(dz, input, conv_weight, kernel);
   if (needs_weight || (needs_input && !grad_input.has_value())) {
     const bool of_input = needs_input && !grad_input.has_value();
-    const bool product =
-        plain && is_dense(dz, Layout::kChannelsLast) && is_product(input, conv_weight, stride, padding, groups);
     const auto [other_input, other_weight] = product ? product_gradients(dz, input, conv_weight, of_input, needs_weight)
                                                      : convolution_gradients(dz, input, conv_weight, stride, padding,
                                                                              dilation, groups, of_input, needs_weight);

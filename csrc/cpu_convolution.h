@@ -53,21 +53,21 @@ inline int64_t convolution_pieces(const Shape& z, const Tensor& weight, int64_t 
   return std::clamp<int64_t>((bytes + piece / 2) / piece, 1, z.n);
 }
 
-// Convolution z of x that has_winograd; the weight is [z's channels, x's channels, 3, 3] under its strides, from `w` on.
-inline void winograd_convolution(const Tensor& x, const void* w, const Strides& w_strides, int64_t padding_h,
-                                 int64_t padding_w, Tensor& z, cpu::BatchStatistics* statistics) {
-  WinogradParams p{};
+// Convolution z of x that this package has; the weight is [z's channels, x's channels, kernel] under its strides, from `w`
+// on.
+inline void own_convolution(const Tensor& x, const void* w, const Strides& w_strides, const Window& window, Tensor& z,
+                            cpu::BatchStatistics* statistics) {
+  ConvolutionParams p{};
   p.map = map_of(z, Layout::kChannelsLast);
   p.z = z.mutable_data_ptr();
   p.z_strides = strides_of(z);
   p.x = x.const_data_ptr();
   p.x_shape = shape_of(x);
   p.x_strides = strides_of(x);
-  p.padding_h = padding_h;
-  p.padding_w = padding_w;
+  p.window = window;
   p.w = w;
   p.w_strides = w_strides;
-  cpu::winograd(p, statistics, parallel_for);
+  cpu::convolution(p, statistics, parallel_for);
 }
 
 // Samples [first, last).
@@ -77,11 +77,11 @@ inline Tensor samples(const Tensor& t, int64_t first, int64_t last) {
 }
 
 // Whether that is this package's own convolution.
-inline bool convolves_by_tiles(const Tensor& input, const Tensor& w, const Shape& s, const Ints& stride,
-                               const Ints& padding, const Ints& dilation, int64_t groups) {
+inline bool has_own_convolution(const Tensor& input, const Tensor& w, const Shape& s, const Ints& stride,
+                                const Ints& padding, const Ints& dilation, int64_t groups) {
   return groups == 1 && is_nested_channels_last(input) &&
-         cpu::has_winograd(map_of(input, s, Layout::kChannelsLast), shape_of(input), strides_of(input),
-                           window_of(w, stride, padding, dilation));
+         cpu::has_convolution(map_of(input, s, Layout::kChannelsLast), shape_of(input), strides_of(input),
+                              window_of(w, stride, padding, dilation));
 }
 
 // Convolution of a small map by this package's own kernel; nothing where the library's is faster.
@@ -163,11 +163,11 @@ inline std::pair<Tensor, Statistics> convolve(const Tensor& input, const Tensor&
   Statistics statistics;
   OptionalTensor z;
   cpu::BatchStatistics batch(s.c);
-  const bool winograd = convolves_by_tiles(input, w, s, stride, padding, dilation, groups);
-  if (winograd) {
+  const bool own = has_own_convolution(input, w, s, stride, padding, dilation, groups);
+  if (own) {
     z = allocate_map(input, s, Layout::kChannelsLast);
-    winograd_convolution(input, w.const_data_ptr(), strides_of(w), padding[0], padding[1], *z,
-                         needs_statistics ? &batch : nullptr);
+    own_convolution(input, w.const_data_ptr(), strides_of(w), window_of(w, stride, padding, dilation), *z,
+                    needs_statistics ? &batch : nullptr);
     if (needs_statistics) statistics = finish(batch, s.c);
   } else if (pieces == 1) {
     z = convolution(input, w, stride, padding, dilation, groups);
@@ -185,7 +185,7 @@ inline std::pair<Tensor, Statistics> convolve(const Tensor& input, const Tensor&
     if (needs_statistics) statistics = finish(batch, s.c);
   }
   const auto [map, layout] = readable(*z);
-  if (!winograd && pieces == 1 && needs_statistics) statistics = batch_statistics(map, layout);
+  if (!own && pieces == 1 && needs_statistics) statistics = batch_statistics(map, layout);
   return {map, statistics};
 }
 

@@ -133,7 +133,7 @@ Tensor conv_bn_act_inference(Tensor input, Tensor conv_weight, OptionalTensor co
   for (int64_t c = 0; c < s.c; ++c) shifted[c] -= shift[c];
   const bool in_place = downsample == "none";
   const int64_t pieces =
-      in_place && !seed.has_value() && !convolves_by_tiles(input, conv_weight, s, stride, padding, dilation, groups)
+      in_place && !seed.has_value() && !has_own_convolution(input, conv_weight, s, stride, padding, dilation, groups)
           ? convolution_pieces(s, conv_weight, input.element_size())
           : 1;
   const Tensor w = pieces > 1 ? weight_as(conv_weight, input.scalar_type()) : conv_weight;

@@ -40,13 +40,18 @@ PYBIND11_MODULE(_C, m) {
   m.def("cached_bytes", &cpu::cached_bytes);
   m.def("empty_cache", &cpu::empty_cache);
   m.def("make_room", &cpu::make_room, py::arg("bytes"));
-  m.def(
-      "has_winograd",
-      [](int64_t n, int64_t channels, int64_t height, int64_t width, int64_t inputs, bool bfloat16) {
-        const Map z{{n, channels, height, width}, Layout::kChannelsLast, bfloat16 ? DType::kBFloat16 : DType::kFloat32};
-        const Shape x{n, inputs, height, width};
-        return cpu::has_winograd(z, x, {height * width * inputs, 1, width * inputs, inputs}, {3, 3, 1, 1, 1, 1, 1, 1});
-      },
-      py::arg("n"), py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("inputs"), py::kw_only(),
-      py::arg("bfloat16"));
+  const auto def_has = [&](const char* name, auto has) {  // 3x3 convolutions that keep the size
+    m.def(
+        name,
+        [has](int64_t n, int64_t channels, int64_t height, int64_t width, int64_t inputs, bool bfloat16) {
+          const DType dtype = bfloat16 ? DType::kBFloat16 : DType::kFloat32;
+          const Map z{{n, channels, height, width}, Layout::kChannelsLast, dtype};
+          const Shape x{n, inputs, height, width};
+          return has(z, x, {height * width * inputs, 1, width * inputs, inputs}, {3, 3, 1, 1, 1, 1, 1, 1});
+        },
+        py::arg("n"), py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("inputs"), py::kw_only(),
+        py::arg("bfloat16"));
+  };
+  def_has("has_convolution", &cpu::has_convolution);
+  def_has("has_weight_gradient", &cpu::has_weight_gradient);
 }

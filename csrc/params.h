@@ -169,31 +169,32 @@ struct Window {
 };
 
 // Weight gradient of a convolution without groups, channels_last, summed in float32: dw[k, c, kh, kw] = sum over samples and output
-// pixels of dz[k] * x[c].  dz is formed in cache, a few rows at a time, and never written to memory.
+// pixels of dz[k] * x[c].  dz is formed in cache, a few rows at a time, and never written to memory, or lies there already.
 struct WeightGradientParams {
-  InputGradientParams gradient;  // dz is not used
+  InputGradientParams gradient;  // its dz is not used
+  bool is_formed;  // gradient.z is dz already, and nothing but it and its map is looked at
   const void* x;  // [N, C_in, H_in, W_in], channels_last
   Shape x_shape;
   Strides x_strides;
   Window window;
   int64_t chunks;  // the samples are cut into so many parts, each with its own dw
-  bool winograd;  // by transformed tiles, see WinogradParams
+  bool winograd;  // by transformed tiles, see winograd.h
 };
 
-// Convolution z of x with a 3x3 kernel, stride 1 and without groups, channels_last, by tiles that are transformed; for
-// some of the output channels, and with the statistics of z on the way.
-struct WinogradParams {
+// Convolution z of x without groups, channels_last, by a kernel of this package; for some of the output channels, and with
+// the statistics of z on the way.
+struct ConvolutionParams {
   Map map;  // of z
   void* z;  // dense
   Strides z_strides;
   const void* x;  // in the dtype of z
   Shape x_shape;
   Strides x_strides;
-  int64_t padding_h, padding_w;
-  const void* w;  // [C_out, C_in, 3, 3] in the dtype of z
+  Window window;
+  const void* w;  // [C_out, C_in, kernel_h, kernel_w] in the dtype of z
   Strides w_strides;
   int64_t channel_begin, channel_end;  // output channels, whole blocks of them
-  float* weights;  // theirs, transformed; see winograd.h
+  void* weights;  // theirs, as the kernel reads them; see winograd.h and direct_convolution.h
   void* block_mean;  // as in StatisticsParams, [groups * group_blocks, C], or null: no statistics
   void* block_mean_rest;
   void* block_m2;

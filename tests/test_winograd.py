@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from convolution_cases import compare, eager, fused, step, tensors
 from layerwise_ext import _C, functional
 from layerwise_ext._ops import Form
 from torch import Tensor
@@ -27,49 +28,6 @@ SHAPES = {
     "three vectors": (3, 19, 112, 31, 33, 1, (3, 3)),
     "blocks both ways": (3, 80, 144, 30, 33, 1, (3, 3)),
 }
-
-
-def tensors(shape: tuple[Any, ...], dtype: torch.dtype, offset: float = 0.0) -> dict[str, Tensor]:
-    n, c_in, c_out, h, w, _, bins = shape
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(n, c_in, h, w, generator=g) + offset
-    weight = torch.randn(c_out, c_in, 3, 3, generator=g) / (9 * c_in) ** 0.5
-    return {
-        "x": x.to(dtype).contiguous(memory_format=torch.channels_last),
-        "conv_weight": weight.to(dtype),
-        "weight": torch.rand(c_out, generator=g) + 0.5,
-        "bias": torch.randn(c_out, generator=g),
-        "p": torch.randn(n, c_out, *bins, generator=g),
-    }
-
-
-def fused(x: Tensor, conv_weight: Tensor, weight: Tensor, bias: Tensor, options: dict[str, Any]) -> Any:
-    # The identity has no mask, so nothing but arithmetic differs.
-    return functional.conv_bn_act_moments(x, conv_weight, weight=weight, bias=bias, activation="identity", **options)
-
-
-def eager(x: Tensor, conv_weight: Tensor, weight: Tensor, bias: Tensor, options: dict[str, Any]) -> Any:
-    z = F.conv2d(x, conv_weight, padding=options["padding"])
-    y = F.batch_norm(z, options.get("running_mean"), options.get("running_var"), weight, bias, options["training"])
-    area = functional.cell_area(z.shape[2:], options["bins"]).to(z.dtype)
-    return y, F.adaptive_avg_pool2d(y, options["bins"]) * area
-
-
-def step(function: Any, t: dict[str, Tensor], options: dict[str, Any], needs_input: bool = False) -> dict[str, Tensor]:
-    names = (*(["x"] if needs_input else []), "conv_weight", "weight", "bias")
-    leaves = {k: t[k].detach().requires_grad_() for k in names}
-    y, m1, *_ = function(*({**t, **leaves}[k] for k in ("x", "conv_weight", "weight", "bias")), options)
-    (m1 * t["p"].to(m1.dtype)).sum().backward()
-    return {"y": y.detach(), "m1": m1.detach(), **{f"d {k}": v.grad for k, v in leaves.items()}}
-
-
-def compare(t: dict[str, Tensor], options: dict[str, Any], needs_input: bool = False) -> None:
-    expected = step(eager, {k: v.double() for k, v in t.items()}, options, needs_input)
-    ours, peer = step(fused, t, options, needs_input), step(eager, t, options, needs_input)
-    for name, value in expected.items():
-        error, allowed = (((a.double() - value).norm() / value.norm()).item() for a in (ours[name], peer[name]))
-        allowed = 2 * allowed + torch.finfo(ours[name].dtype).eps
-        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 
 
 @pytest.mark.parametrize("needs_input", [False, True], ids=["local", "joint"])

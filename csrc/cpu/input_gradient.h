@@ -173,6 +173,28 @@ FormRows<Target> choose_form(const InputGradientParams& p) {
   return form;
 }
 
+// The same where p.z is dz already.
+template <class T, class Target>
+void copy_gradient_rows(const InputGradientParams& p, int64_t n, int64_t h_begin, int64_t h_end, int64_t c_begin,
+                        int64_t c_end, Target* target, int64_t target_row, int64_t target_pixel) {
+  for (int64_t h = h_begin; h < h_end; ++h) {
+    for (int64_t w = 0; w < p.map.shape.w; ++w) {
+      const T* dz = at<T>(p.z, p.z_strides, n, c_begin, h, w);
+      Target* pixel = target + (h - h_begin) * target_row + w * target_pixel;
+      for_each_vector<float>(c_end - c_begin, [&](int64_t c, auto group) ALWAYS_INLINE {
+        Vec<float> value[1];
+        group.get(dz + c, value);
+        group.put(pixel + c, value);
+      });
+    }
+  }
+}
+
+template <class T, class Target>
+FormRows<Target> choose_form(const WeightGradientParams& p) {
+  return p.is_formed ? copy_gradient_rows<T, Target> : choose_form<T, Target>(p.gradient);
+}
+
 // dz of rows [h_begin, h_end) of sample n and one block of channels, [rows, W, block].
 template <class Target>
 void form_dz(const InputGradientParams& g, FormRows<Target> form, int64_t n, int64_t h_begin, int64_t h_end,

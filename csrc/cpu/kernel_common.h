@@ -64,6 +64,21 @@ void for_bool(bool condition, const Body& body) {
   condition ? body(Yes{}) : body(No{});
 }
 
+// Calls body<vectors>() for a block of 16, 32, 48 or 64 channels.
+template <class Body>
+LAYERWISE_INLINE void with_vectors(int64_t channels, const Body& body) {
+  switch (channels / kLanes<float>) {
+    case 1:
+      return body.template operator()<1>();
+    case 2:
+      return body.template operator()<2>();
+    case 3:
+      return body.template operator()<3>();
+    default:
+      return body.template operator()<4>();
+  }
+}
+
 // Asks for memory ahead of its use, a few lines at a time between tiles: a tile touches one line of each pixel, which
 // no hardware prefetcher foresees.
 class Prefetcher {

@@ -6,6 +6,7 @@
 #include "kernels.h"
 
 #include "blocks.h"
+#include "direct_convolution.h"
 #include "dot_convolution.h"
 #include "extended.h"
 #include "input_gradient.h"
@@ -403,16 +404,21 @@ void input_gradient(const InputGradientParams& p, int64_t begin, int64_t end) {
 
 #if defined(__AVX512BF16__)
 constexpr bool kPairs = true;
+constexpr auto kDirectWeights = direct_weights;
+constexpr auto kDirectConvolution = direct_convolution;
 #else
 constexpr bool kPairs = false;
+constexpr decltype(Kernels::direct_weights) kDirectWeights = nullptr;
+constexpr decltype(Kernels::direct_convolution) kDirectConvolution = nullptr;
 #endif
 
 #if defined(__AVX512F__)
-extern const Kernels kernels = {statistics,       apply,    dense_sums,      cell_sums,       input_gradient,
-                                winograd_weights, winograd, weight_gradient, dot_convolution, kPairs};
+extern const Kernels kernels = {statistics,         apply,    dense_sums,      cell_sums,       input_gradient,
+                                winograd_weights,   winograd, weight_gradient, dot_convolution, kDirectWeights,
+                                kDirectConvolution, kPairs};
 #else
-extern const Kernels kernels = {statistics, apply,   dense_sums, cell_sums, input_gradient,
-                                nullptr,    nullptr, nullptr,    nullptr,   kPairs};
+extern const Kernels kernels = {statistics, apply,   dense_sums, cell_sums,      input_gradient,     nullptr,
+                                nullptr,    nullptr, nullptr,    kDirectWeights, kDirectConvolution, kPairs};
 #endif
 
 }  // namespace layerwise::cpu::LAYERWISE_ISA

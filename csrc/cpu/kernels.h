@@ -14,11 +14,14 @@ struct Kernels {
   void (*input_gradient)(const InputGradientParams&, int64_t begin,
                          int64_t end);  // channels_last: (n, row segment); contiguous: (n, c)
   // Null where the instruction set has too few registers for these to beat the library's convolution.
-  void (*winograd_weights)(const WinogradParams&, int64_t begin, int64_t end);               // input channels
-  void (*winograd)(const WinogradParams&, int64_t begin, int64_t end, void* scratch);        // groups of tiles
+  void (*winograd_weights)(const ConvolutionParams&, int64_t begin, int64_t end);               // input channels
+  void (*winograd)(const ConvolutionParams&, int64_t begin, int64_t end, void* scratch);        // groups of tiles
   // Writes dw, [kernel_h, kernel_w, C_in, block], for one chunk of the samples and one block of output channels.
   void (*weight_gradient)(const WeightGradientParams&, int64_t chunk, int64_t block, float* dw, void* scratch);
   void (*dot_convolution)(const DotParams&, int64_t begin, int64_t end, void* scratch);  // fours of output channels
+  // Null where it does not multiply pairs of bfloat16.
+  void (*direct_weights)(const ConvolutionParams&, int64_t begin, int64_t end);  // rows of the kernel
+  void (*direct_convolution)(const ConvolutionParams&, int64_t begin, int64_t end, void* scratch);  // groups of rows
   bool pairs;  // whether it multiplies pairs of bfloat16
 };
 

@@ -4,6 +4,7 @@
 #include <bit>
 
 #include "blocks.h"
+#include "direct_plan.h"
 #include "dispatch.h"
 #include "dot_plan.h"
 #include "memory.h"
@@ -136,7 +137,40 @@ bool has_winograd(const Map& z, const Shape& x_shape, const Strides& x_strides, 
   return kernels().winograd != nullptr && winograd_applies(z, x_shape, x_strides, window);
 }
 
-void winograd(WinogradParams p, BatchStatistics* statistics, const ParallelFor& parallel_for) {
+bool has_convolution(const Map& z, const Shape& x_shape, const Strides& x_strides, const Window& window) {
+  return has_winograd(z, x_shape, x_strides, window) ||
+         (kernels().direct_convolution != nullptr && direct_applies(z, x_shape, x_strides, window));
+}
+
+namespace {
+
+// Statistics blocks of `groups` groups, where p's kernel writes them.
+class GroupStatistics {
+ public:
+  GroupStatistics(ConvolutionParams& p, BatchStatistics* statistics, int64_t groups, int64_t group_blocks)
+      : statistics_(statistics), channels_(p.map.shape.c), size_(groups * group_blocks * channels_) {
+    if (statistics == nullptr) return;
+    blocks_.resize(3 * size_);
+    p.block_mean = blocks_.data();
+    p.block_mean_rest = blocks_.data() + size_;
+    p.block_m2 = blocks_.data() + 2 * size_;
+  }
+
+  // Of so many pixels, from the block `block` on.
+  void add(int64_t block, int64_t pixels) {
+    for (; statistics_ != nullptr && pixels > 0; ++block, pixels -= kBlockLength) {
+      const float* mean = blocks_.data() + block * channels_;
+      statistics_->add_block(std::min(pixels, kBlockLength), mean, mean + size_, mean + 2 * size_);
+    }
+  }
+
+ private:
+  BatchStatistics* statistics_;
+  int64_t channels_, size_;
+  std::vector<float> blocks_;
+};
+
+void winograd(ConvolutionParams p, BatchStatistics* statistics, const ParallelFor& parallel_for) {
   // Transformed weights for so many output channels at a time; what is transformed of the inputs is so again each time.
   constexpr int64_t kWeightBytes = 4 << 20;
   const int64_t channels = p.map.shape.c, inputs = p.x_shape.c;
@@ -144,15 +178,8 @@ void winograd(WinogradParams p, BatchStatistics* statistics, const ParallelFor& 
   const int64_t block_bytes = winograd_weights(plan, inputs, kWinogradBlock) * sizeof(float);
   const int64_t step = std::max<int64_t>(1, kWeightBytes / block_bytes) * kWinogradBlock;
   Scratch weights(winograd_weights(plan, inputs, std::min(step, channels)) * sizeof(float));
-  p.weights = static_cast<float*>(weights.data());
-
-  const int64_t size = plan.groups * plan.group_blocks * channels;
-  std::vector<float> blocks(statistics == nullptr ? 0 : 3 * size);
-  if (statistics != nullptr) {
-    p.block_mean = blocks.data();
-    p.block_mean_rest = blocks.data() + size;
-    p.block_m2 = blocks.data() + 2 * size;
-  }
+  p.weights = weights.data();
+  GroupStatistics blocks(p, statistics, plan.groups, plan.group_blocks);
   for (p.channel_begin = 0; p.channel_begin < channels; p.channel_begin = p.channel_end) {
     p.channel_end = std::min(p.channel_begin + step, channels);
     const int64_t taps = kWinogradTaps * kWinogradTaps * (p.channel_end - p.channel_begin);
@@ -163,15 +190,38 @@ void winograd(WinogradParams p, BatchStatistics* statistics, const ParallelFor& 
       kernels().winograd(p, begin, end, scratch.data());
     });
   }
-  if (statistics == nullptr) return;
   for (int64_t group = 0; group < plan.groups; ++group) {
     const int64_t end = std::min((group + 1) * plan.group_rows, plan.rows);
     const PixelRun run = winograd_pixels(plan, p.map.shape, group * plan.group_rows, end);
-    for (int64_t b = 0, pixel = run.first; pixel < run.last; ++b, pixel += kBlockLength) {
-      const float* block = blocks.data() + (group * plan.group_blocks + b) * channels;
-      statistics->add_block(std::min(run.last - pixel, kBlockLength), block, block + size, block + 2 * size);
-    }
+    blocks.add(group * plan.group_blocks, run.last - run.first);
   }
+}
+
+void direct_convolution(ConvolutionParams p, BatchStatistics* statistics, const ParallelFor& parallel_for) {
+  const Shape& shape = p.map.shape;
+  const DirectPlan plan = direct_plan(p.map, p.x_shape, p.window);
+  Scratch weights(direct_weights(plan, p.window, shape.c) * element_size(p.map.dtype));
+  p.weights = weights.data();
+  GroupStatistics blocks(p, statistics, plan.groups, plan.group_blocks);
+  const int64_t row = 2 * plan.pairs * shape.c;
+  parallel_for(p.window.kernel_h, divide_up(kGrainElements, row),
+               [&](int64_t begin, int64_t end) { kernels().direct_weights(p, begin, end); });
+  const int64_t products = plan.group_rows * shape.w * p.window.kernel_h * row;
+  parallel_for(plan.groups, divide_up(kGrainProducts, products), [&](int64_t begin, int64_t end) {
+    Scratch scratch(direct_scratch(plan, p.window));
+    kernels().direct_convolution(p, begin, end, scratch.data());
+  });
+  for (int64_t group = 0; group < plan.groups; ++group) {
+    const DirectRows rows = direct_rows(plan, shape, group);
+    blocks.add(group * plan.group_blocks, (rows.end - rows.begin) * shape.w);
+  }
+}
+
+}  // namespace
+
+void convolution(const ConvolutionParams& p, BatchStatistics* statistics, const ParallelFor& parallel_for) {
+  if (has_winograd(p.map, p.x_shape, p.x_strides, p.window)) return winograd(p, statistics, parallel_for);
+  direct_convolution(p, statistics, parallel_for);
 }
 
 bool has_dot_convolution(const DotParams& p) {
@@ -202,12 +252,17 @@ bool prefers_product(DType dtype, int64_t in_channels, int64_t out_channels) {
 
 bool has_weight_gradient(const Map& dz, const Shape& x_shape, const Strides& x_strides, const Window& window) {
   if (has_winograd(dz, x_shape, x_strides, window)) return true;
+  if (kernels().weight_gradient == nullptr || dz.layout != Layout::kChannelsLast || x_strides.c != 1 ||
+      dz.shape.c % kWeightGradientLanes != 0)
+    return false;
   // Narrower maps leave too few sums in flight; measured, the library's convolution is then up to 1.1 times faster.
   constexpr int64_t kFewestInputs = 16, kFewestOutputs = 32;
-  const bool dtype = dz.dtype == DType::kFloat32 || (dz.dtype == DType::kBFloat16 && kernels().pairs);
-  return kernels().weight_gradient != nullptr && dtype && dz.layout == Layout::kChannelsLast &&
-         dz.shape.c % kWeightGradientLanes == 0 && dz.shape.c >= kFewestOutputs && x_shape.c >= kFewestInputs &&
-         x_strides.c == 1;
+  const bool wide = x_shape.c >= kFewestInputs && dz.shape.c >= kFewestOutputs;
+  if (dz.dtype == DType::kFloat32) return wide;
+  // Each column of the kernel has the inputs rewritten, which narrow outputs and wide kernels do not repay.
+  constexpr int64_t kFewestProducts = 192, kWidestKernel = 5;
+  return dz.dtype == DType::kBFloat16 && kernels().pairs &&
+         (wide || (x_shape.c * dz.shape.c >= kFewestProducts && window.kernel_w <= kWidestKernel));
 }
 
 namespace {

@@ -41,9 +41,11 @@ void input_gradient(const InputGradientParams& p, const ParallelFor& parallel_fo
 
 // Whether the kernels in use have Winograd's convolution for this one and gain by it: 3x3, stride 1, channels_last.
 bool has_winograd(const Map& z, const Shape& x_shape, const Strides& x_strides, const Window& window);
+// The same for that one or another whose output may lie in memory that is there already: bfloat16 with few terms to a sum.
+bool has_convolution(const Map& z, const Shape& x_shape, const Strides& x_strides, const Window& window);
 
 // Writes z, and its statistics where asked for.  Channels, weights and blocks of p are set here.
-void winograd(WinogradParams p, BatchStatistics* statistics, const ParallelFor& parallel_for);
+void convolution(const ConvolutionParams& p, BatchStatistics* statistics, const ParallelFor& parallel_for);
 
 // Whether the kernels in use convolve this by dot products and gain by it: few pixels, channels innermost in x and in the
 // weights.  The taps of p are set by dot_convolution.

@@ -1,6 +1,7 @@
 // Mean and sum of squared deviations of a run of pixels.
 #pragma once
 
+#include "blocks.h"
 #include "kernel_common.h"
 
 namespace layerwise::cpu::LAYERWISE_ISA {
@@ -49,6 +50,19 @@ void block_statistics(const T* z, int64_t pitch, int64_t length, int64_t c_begin
     group.put(mean_rest + c, rest);
     group.put(m2 + c, second);
   });
+}
+
+// Of `pixels` of z, which is dense, from the block `block` of p's results on.
+template <class T>
+void run_statistics(const ConvolutionParams& p, const T* z, int64_t pixels, int64_t block, int64_t c_begin,
+                    int64_t c_end) {
+  const int64_t channels = p.map.shape.c, pitch = p.z_strides.w;
+  for (int64_t first = 0; first < pixels; first += kBlockLength, ++block) {
+    const int64_t length = pixels - first < kBlockLength ? pixels - first : kBlockLength;
+    block_statistics<T, float>(
+        z + first * pitch, pitch, length, c_begin, c_end, static_cast<float*>(p.block_mean) + block * channels,
+        static_cast<float*>(p.block_mean_rest) + block * channels, static_cast<float*>(p.block_m2) + block * channels);
+  }
 }
 
 }  // namespace

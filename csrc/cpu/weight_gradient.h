@@ -129,7 +129,7 @@ void float32_task(const WeightGradientParams& p, int64_t chunk, int64_t c_begin,
   constexpr int kBlock = kVectors * kLanes<float>;
   const InputGradientParams& g = p.gradient;
   const Shape& shape = g.map.shape;
-  const FormRows<float> form = choose_form<float, float>(g);
+  const FormRows<float> form = choose_form<float, float>(p);
   const int64_t rows = weight_gradient_rows(g.map);
   float* dz = static_cast<float*>(scratch);
   for (int64_t n = chunk * shape.n / p.chunks; n < (chunk + 1) * shape.n / p.chunks; ++n) {
@@ -226,7 +226,7 @@ void bfloat16_task(const WeightGradientParams& p, int64_t chunk, int64_t c_begin
   const InputGradientParams& g = p.gradient;
   const Shape& out = g.map.shape;
   const Shape& in = p.x_shape;
-  const FormRows<BFloat16> form = choose_form<BFloat16, BFloat16>(g);
+  const FormRows<BFloat16> form = choose_form<BFloat16, BFloat16>(p);
   const int64_t rows = weight_gradient_rows(g.map);
   const int64_t pairs = (out.w + 1) / 2;
   const int64_t channel_pitch = interleaved_channels(in.c);

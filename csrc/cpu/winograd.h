@@ -275,30 +275,16 @@ Prefetcher next_rows(const WinogradPlan& plan, const void* map, const Strides& s
           channels * static_cast<int64_t>(sizeof(T)), steps};
 }
 
-template <class Body>
-void with_vectors(int64_t channels, const Body& body) {
-  switch (channels / kLanes<float>) {
-    case 1:
-      return body.template operator()<1>();
-    case 2:
-      return body.template operator()<2>();
-    case 3:
-      return body.template operator()<3>();
-    default:
-      return body.template operator()<4>();
-  }
-}
-
 // -- Weights ---------------------------------------------------------------------------------------------------------------
 
 // Task: an input channel.  transformed: [blocks of output channels][products][C_in][block]
 template <class T>
-void transform_weights(const WinogradParams& p, int64_t begin, int64_t end) {
+void transform_weights(const ConvolutionParams& p, int64_t begin, int64_t end) {
   using H = typename Tile<T>::H;
   using W = typename Tile<T>::W;
   constexpr int kTaps = kWinogradTaps * kWinogradTaps, kProducts = H::kInputs * W::kInputs;
   const int64_t inputs = p.x_shape.c;
-  float* block_target = p.weights;
+  float* block_target = static_cast<float*>(p.weights);
   for (int64_t k = p.channel_begin; k < p.channel_end; k += kWinogradBlock) {
     const int64_t block = p.channel_end - k < kWinogradBlock ? p.channel_end - k : kWinogradBlock;
     const int64_t pitch = inputs * block + kWinogradSkew;
@@ -323,7 +309,7 @@ void transform_weights(const WinogradParams& p, int64_t begin, int64_t end) {
 // -- Forward -----------------------------------------------------------------------------------------------------------------
 
 template <class T, int kVectors>
-void convolve_block(const WinogradParams& p, const WinogradPlan& plan, const TileRange& range, int64_t k,
+void convolve_block(const ConvolutionParams& p, const WinogradPlan& plan, const TileRange& range, int64_t k,
                     const float* inputs, const float* weights, float* products, Prefetcher& prefetcher) {
   using H = typename Tile<T>::H;
   using W = typename Tile<T>::W;
@@ -359,7 +345,7 @@ void convolve_block(const WinogradParams& p, const WinogradPlan& plan, const Til
 }
 
 template <class T>
-void convolve(const WinogradParams& p, int64_t begin, int64_t end, void* scratch) {
+void convolve(const ConvolutionParams& p, int64_t begin, int64_t end, void* scratch) {
   const WinogradPlan plan = winograd_plan(p.map, p.x_shape.c);
   float* inputs = static_cast<float*>(scratch);
   float* products = inputs + plan.products * plan.input_pitch;
@@ -370,11 +356,13 @@ void convolve(const WinogradParams& p, int64_t begin, int64_t end, void* scratch
     const int64_t first = group * plan.group_rows;
     const int64_t last = first + plan.group_rows < plan.rows ? first + plan.group_rows : plan.rows;
     const int64_t steps = divide_up(plan.tiles_of_row, plan.columns) * plan.products * blocks;
-    Prefetcher prefetcher = next_rows<T>(plan, p.x, p.x_strides, p.x_shape, 0, p.x_shape.c, last,
-                                         kWinogradTaps - 1 - p.padding_h, steps * product_pieces(plan.most_tiles, 4));
+    Prefetcher prefetcher =
+        next_rows<T>(plan, p.x, p.x_strides, p.x_shape, 0, p.x_shape.c, last, kWinogradTaps - 1 - p.window.padding_h,
+                     steps * product_pieces(plan.most_tiles, 4));
     for_each_range(plan, first, last, [&](const TileRange& range) {
-      transform_inputs<T>(plan, p.x, p.x_shape, p.x_strides, p.padding_h, p.padding_w, range, zeros, inputs);
-      const float* weights = p.weights;
+      transform_inputs<T>(plan, p.x, p.x_shape, p.x_strides, p.window.padding_h, p.window.padding_w, range, zeros,
+                          inputs);
+      const float* weights = static_cast<const float*>(p.weights);
       for (int64_t k = p.channel_begin; k < p.channel_end; k += kWinogradBlock) {
         const int64_t block = p.channel_end - k < kWinogradBlock ? p.channel_end - k : kWinogradBlock;
         with_vectors(block, [&]<int kVectors>() {
@@ -385,24 +373,17 @@ void convolve(const WinogradParams& p, int64_t begin, int64_t end, void* scratch
     });
     if (p.block_mean == nullptr) continue;
     const PixelRun run = winograd_pixels(plan, p.map.shape, first, last);
-    const T* z = static_cast<const T*>(p.z);
-    for (int64_t b = 0, pixel = run.first; pixel < run.last; ++b, pixel += kBlockLength) {
-      const int64_t length = run.last - pixel < kBlockLength ? run.last - pixel : kBlockLength;
-      const int64_t offset = (group * plan.group_blocks + b) * p.map.shape.c;
-      block_statistics<T, float>(z + pixel * p.z_strides.w, p.z_strides.w, length, p.channel_begin, p.channel_end,
-                                 static_cast<float*>(p.block_mean) + offset,
-                                 static_cast<float*>(p.block_mean_rest) + offset,
-                                 static_cast<float*>(p.block_m2) + offset);
-    }
+    run_statistics(p, static_cast<const T*>(p.z) + run.first * p.z_strides.w, run.last - run.first,
+                   group * plan.group_blocks, p.channel_begin, p.channel_end);
   }
 }
 
-void winograd_weights(const WinogradParams& p, int64_t begin, int64_t end) {
+void winograd_weights(const ConvolutionParams& p, int64_t begin, int64_t end) {
   p.map.dtype == DType::kBFloat16 ? transform_weights<BFloat16>(p, begin, end)
                                   : transform_weights<float>(p, begin, end);
 }
 
-void winograd(const WinogradParams& p, int64_t begin, int64_t end, void* scratch) {
+void winograd(const ConvolutionParams& p, int64_t begin, int64_t end, void* scratch) {
   p.map.dtype == DType::kBFloat16 ? convolve<BFloat16>(p, begin, end, scratch)
                                   : convolve<float>(p, begin, end, scratch);
 }
@@ -457,7 +438,7 @@ void winograd_weight_gradient(const WeightGradientParams& p, int64_t chunk, int6
   const InputGradientParams& g = p.gradient;
   const Shape& shape = g.map.shape;
   const WinogradPlan plan = winograd_plan(g.map, p.x_shape.c);
-  const FormRows<float> form = choose_form<T, float>(g);
+  const FormRows<float> form = choose_form<T, float>(p);
   const int64_t inputs = p.x_shape.c, sum_pitch = inputs * kBlock + kWinogradSkew;
   float* transformed_x = static_cast<float*>(scratch);
   float* transformed_dz = transformed_x + plan.products * plan.input_pitch;

@@ -365,7 +365,7 @@ def _backward_layer(ctx: Any, grad_y: Any, grad_m1: Any, grad_m2: Any) -> tuple[
             )
             (grad_input,) = torch.autograd.grad(padded, leaf, grad_input)
             memory.read(ctx.input_node)
-        elif needs_input and needs_weight and last_reader and ctx.behind_layer and _has_tiles(step, z, conv_weight):
+        elif needs_input and needs_weight and last_reader and ctx.behind_layer and _forms_dz(step, z, conv_weight):
             # One after the other, so that the input is gone when its gradient comes. That gradient does not depend on
             # the input's values: the z behind it, of the same shape, stands for it.
             _, grad_weight, _ = convolution_backward(operators.conv_bn_act_moments_backward, input, False, True, False)
@@ -375,7 +375,7 @@ def _backward_layer(ctx: Any, grad_y: Any, grad_m1: Any, grad_m2: Any) -> tuple[
             grad_input, _, grad_residual = convolution_backward(in_place, stand_in, True, False, needs_residual)
         else:
             input = input if step.around is None else step.around(input)
-            if needs_input and input.is_cpu and not _has_tiles(step, z, conv_weight):
+            if needs_input and input.is_cpu and not _has_input_gradient(step, z, conv_weight):
                 _C.make_room(input.nbytes)  # for the gradient, which comes from the library's memory
             grad_input, grad_weight, grad_residual = convolution_backward(
                 in_place, input, needs_input, needs_weight, needs_residual
@@ -404,16 +404,28 @@ def _backward_layer(ctx: Any, grad_y: Any, grad_m1: Any, grad_m2: Any) -> tuple[
     return (*of_input, *of_convolution, _like(dgamma, weight), _like(dbeta, bias), _like(dslope, slope))
 
 
-def _has_tiles(step: Layer, z: Tensor, conv_weight: Tensor) -> bool:
-    """Whether the weight gradient is likely to form dz in cache, so that z keeps its place until the input's gradient:
-    that of 3x3 kernels with stride 1 on the CPU (docs/cpu.md). Elsewhere two calls would write dz twice."""
+def _forms_dz(step: Layer, z: Tensor, conv_weight: Tensor) -> bool:
+    """Whether the weight gradient is likely to form dz in cache, so that z keeps its place until the input's gradient
+    (docs/cpu.md). Elsewhere two calls would write dz twice."""
+    channels, inputs = conv_weight.shape[:2]
+    return _is_ours(_C.has_weight_gradient, step, z, conv_weight, channels, inputs)
+
+
+def _has_input_gradient(step: Layer, z: Tensor, conv_weight: Tensor) -> bool:
+    """Whether the gradient of the input is likely to come from this package's own convolution and memory."""
+    channels, inputs = conv_weight.shape[:2]
+    return _is_ours(_C.has_convolution, step, z, conv_weight, inputs, channels)
+
+
+def _is_ours(has: Any, step: Layer, z: Tensor, conv_weight: Tensor, channels: int, inputs: int) -> bool:
+    """Asks of 3x3 kernels with stride 1 on the CPU."""
     stride, _, dilation, groups = step.convolution
     if not z.is_cpu or (*conv_weight.shape[2:], *stride, *dilation, groups) != (3, 3, 1, 1, 1, 1, 1):
         return False
     if z.dtype not in (torch.float32, torch.bfloat16) or z.stride(1) != 1:
         return False
-    n, channels, height, width = z.shape
-    return _C.has_winograd(n, channels, height, width, conv_weight.size(1), bfloat16=z.dtype == torch.bfloat16)
+    n, _, height, width = z.shape
+    return bool(has(n, channels, height, width, inputs, bfloat16=z.dtype == torch.bfloat16))
 
 
 class _PoolNode(torch.autograd.Function):
