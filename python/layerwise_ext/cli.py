@@ -25,7 +25,21 @@ OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 MODES = ("joint", "local", "greedy")
 # Options of `train` that decide what is computed: a resumed run must have the same ones.
 DEFINING = ("data", "model", "width_multiplier", "downsampling", "head", "activation", "mode", "batch_size", "lr",
-            "optimizer", "dtype", "seed", "limit_train", "plain")  # fmt: skip
+            "optimizer", "dtype", "seed", "limit_train", "plain", "image_size")  # fmt: skip
+# Of data.NAMES, which is not imported for --help.
+DATA = (
+    "digits",
+    "mnist",
+    "fashion-mnist",
+    "kmnist",
+    "cifar10",
+    "cifar10-jpeg",
+    "cifar100",
+    "cifar100-coarse",
+    "svhn",
+    "stl10",
+    "image-folder",
+)
 # Of models.vgg, which is not imported for --help.
 HEADS = (
     "pooled_linear",
@@ -71,8 +85,10 @@ def build_parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     train = commands.add_parser("train", help="train a network on your data", formatter_class=defaults)
-    train.add_argument("--data", choices=("digits", "mnist", "fashion-mnist", "cifar10"), default="digits")
+    train.add_argument("--data", choices=DATA, default="digits")
     train.add_argument("--data-dir", type=Path, help="folder of the data files; default: $LAYERWISE_DATA")
+    train.add_argument("--image-size", type=_positive(int), metavar="N",
+                       help="of image-folder: its images are cut and resized to NxN")  # fmt: skip
     train.add_argument("--model", default="vgg8b",
                        help="vgg8b, vgg11b, vgg11 to vgg19, resnet18 to resnet152, resnet20 to resnet110, cnn, or "
                        "widths and pools such as 32,M,64,M")  # fmt: skip
@@ -160,20 +176,31 @@ def _train(arguments: argparse.Namespace) -> int:
 
     if arguments.mode == "joint" and arguments.head != "pooled_linear":
         raise UsageError(f"--head is {arguments.head!r}, but --mode joint has no local losses; leave it out")
+    if arguments.data == "image-folder" and arguments.limit_train is not None:
+        raise UsageError("--limit-train takes the first images, which in an image-folder are all of the first classes")
     output = arguments.output or Path("runs") / _run_name(arguments)
     settings = {name: getattr(arguments, name) for name in DEFINING}
     _check_run_folder(output, settings, arguments.resume)
     _set_threads(arguments.threads)
     try:
-        train_split, test_split = (data.load(arguments.data, arguments.data_dir, split) for split in ("train", "test"))
+        info = data.info(arguments.data, arguments.data_dir, image_size=arguments.image_size)
+        train_split, test_split = (
+            data.load(arguments.data, arguments.data_dir, split, image_size=arguments.image_size)
+            for split in ("train", "test")
+        )
         if arguments.limit_train is not None:
             train_split = data.Split(*(part[: arguments.limit_train] for part in train_split))
         normalization = data.Normalization.of(train_split.images)
         loader = data.MemoryLoader(
-            train_split, arguments.batch_size, normalization, shuffle=True, drop_last=True, seed=arguments.seed
+            train_split,
+            arguments.batch_size,
+            normalization,
+            shuffle=True,
+            drop_last=True,
+            seed=arguments.seed,
         )
         test_loader = data.MemoryLoader(test_split, min(512, len(test_split.labels)), normalization)
-        model = _model(arguments, tuple(train_split.images.shape[1:]))
+        model = _model(arguments, tuple(train_split.images.shape[1:]), info.num_classes)
     except (data.DataError, ValueError) as error:
         raise UsageError(str(error)) from error
     return _fit(arguments, output, settings, model, loader, test_loader)
@@ -205,7 +232,7 @@ def _check_run_folder(output: Path, settings: dict[str, Any], resume: bool) -> N
             raise UsageError(f"--resume: {option} is {value!r}, but the run in {output} has {saved.get(name)!r}")
 
 
-def _model(arguments: argparse.Namespace, shape: tuple[int, ...]) -> StagedModel:
+def _model(arguments: argparse.Namespace, shape: tuple[int, ...], num_classes: int) -> StagedModel:
     from layerwise_ext import models
 
     downsampling: str | list[int] = arguments.downsampling
@@ -225,6 +252,7 @@ def _model(arguments: argparse.Namespace, shape: tuple[int, ...]) -> StagedModel
     channels, *size = shape
     options: dict[str, Any] = {
         "in_channels": channels,
+        "num_classes": num_classes,
         "image_size": (size[0], size[1]),
         "width_multiplier": arguments.width_multiplier,
         "downsampling": downsampling,
