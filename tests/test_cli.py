@@ -114,6 +114,20 @@ def test_the_names_are_those_of_the_package() -> None:
     assert cli.DATA == data.NAMES
 
 
+def test_augmentation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--augment", "standard", "--cutout", "3"]
+    assert train(tmp_path / "whole", *options, "--epochs", "2") == 0
+    assert train(tmp_path / "parts", *options, "--epochs", "1") == 0
+    message = refused(capsys, *TINY, "--output", str(tmp_path / "parts"), *options[:2], "--resume")
+    assert "--cutout is None, but the run in" in message
+    assert train(tmp_path / "parts", *options, "--epochs", "2", "--resume") == 0
+    assert same(tmp_path / "whole", tmp_path / "parts")
+    for leave_out in range(0, 4, 2):  # each of them matters
+        rest = options[:leave_out] + options[leave_out + 2 :]
+        assert train(tmp_path / str(leave_out), *rest, "--epochs", "1") == 0
+        assert not same(tmp_path / "whole", tmp_path / str(leave_out))
+
+
 def test_networks_have_an_output_for_each_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = bytes(i for label in range(64) for i in (label % 20, label, *(label for _ in range(3072))))
     for name in ("train.bin", "test.bin"):
@@ -139,7 +153,7 @@ def test_image_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     run += ["--epochs", "1", "--output", str(tmp_path / "run")]
     assert "image_size is None; image-folder needs the size" in refused(capsys, *run)
     assert "--limit-train takes the first images" in refused(capsys, *run, "--image-size", "8", "--limit-train", "3")
-    assert cli.main([*run, "--image-size", "8"]) == 0
+    assert cli.main([*run, "--image-size", "8", "--augment", "standard"]) == 0
     assert "(6 images;" in capsys.readouterr().out
     plain = models.vgg([4, "M", 4], in_channels=3, num_classes=3, image_size=(8, 8), fused=False)
     plain.backbone().load_state_dict(weights(tmp_path / "run"), strict=True)

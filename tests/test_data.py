@@ -304,7 +304,7 @@ def test_image_folder(tmp_path: Path) -> None:
     assert labels.tolist() == [2]  # counted as in the training part
     (tmp_path / "test").rename(tmp_path / "val")
     assert len(data.load("image-folder", tmp_path, "test", image_size=4).labels) == 1
-    assert data.info("image-folder", tmp_path, image_size=16) == data.Info(3, 3, (16, 16))
+    assert data.info("image-folder", tmp_path, image_size=16) == data.Info(3, 3, (16, 16), crop_padding=2, flip=True)
 
 
 def test_images_are_cut_to_their_middle_and_resized(tmp_path: Path) -> None:
@@ -471,25 +471,3 @@ def test_download_asks_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     utils.download_and_extract_archive = fail  # type: ignore[attr-defined]
     with pytest.raises(data.DataError, match=r"cifar10 could not be fetched into .* \(File not found"):
         data.download("cifar10", tmp_path)
-
-
-def test_loader_gives_each_image_once_in_a_new_order() -> None:
-    split = data.Split(torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 3, 4, 4), torch.arange(10))
-    normalization = data.Normalization.of(split.images)
-    loader = data.MemoryLoader(split, 4, normalization, shuffle=True, seed=1)
-    epochs = [torch.cat([labels for _, labels in loader]).tolist() for _ in range(2)]
-    assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 2
-    assert epochs[0] != epochs[1]
-    assert len(loader) == 3
-    for images, labels in loader:
-        expected = (labels.float() / 255 - normalization.mean[0]) / normalization.std[0]
-        torch.testing.assert_close(images[:, 1, 2, 2], expected)
-        assert images.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(loader.images.mean(), torch.tensor(0.0), atol=1e-5, rtol=0)
-    again = data.MemoryLoader(split, 4, normalization, shuffle=True, seed=1)
-    assert torch.cat([labels for _, labels in again]).tolist() == epochs[0]
-    dropping = data.MemoryLoader(split, 4, normalization, drop_last=True)
-    assert [len(labels) for _, labels in dropping] == [4, 4]
-    for size in (0, 11):
-        with pytest.raises(ValueError, match=f"batch size is {size}; allowed: 1 to 10"):
-            data.MemoryLoader(split, size, normalization)

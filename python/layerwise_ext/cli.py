@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # torch takes seconds to import; --help should not
     import torch
 
+    from layerwise_ext.data import Augment, Info, Normalization
     from layerwise_ext.models import StagedModel
     from layerwise_ext.train import Trainer
 
@@ -25,7 +26,7 @@ OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 MODES = ("joint", "local", "greedy")
 # Options of `train` that decide what is computed: a resumed run must have the same ones.
 DEFINING = ("data", "model", "width_multiplier", "downsampling", "head", "activation", "mode", "batch_size", "lr",
-            "optimizer", "dtype", "seed", "limit_train", "plain", "image_size")  # fmt: skip
+            "optimizer", "dtype", "seed", "limit_train", "plain", "image_size", "augment", "cutout")  # fmt: skip
 # Of data.NAMES, which is not imported for --help.
 DATA = (
     "digits",
@@ -108,6 +109,9 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--threads", type=_positive(int), help="default: all cores")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--limit-train", type=_positive(int), metavar="N", help="use the first N training images")
+    train.add_argument("--augment", choices=("none", "standard"), default="none",
+                       help="standard: random crops and flips as usual for the data set")  # fmt: skip
+    train.add_argument("--cutout", type=_positive(int), metavar="N", help="cover a random square of NxN pixels")
     train.add_argument("--plain", action="store_true", help="plain PyTorch layers instead of the fused ones")
     train.add_argument("--output", type=Path, help="run folder; default: runs/DATA-MODEL-MODE")
     train.add_argument("--resume", action="store_true", help="go on from the checkpoint in the run folder")
@@ -197,6 +201,7 @@ def _train(arguments: argparse.Namespace) -> int:
             normalization,
             shuffle=True,
             drop_last=True,
+            augment=_augment(arguments, info, normalization),
             seed=arguments.seed,
         )
         test_loader = data.MemoryLoader(test_split, min(512, len(test_split.labels)), normalization)
@@ -206,11 +211,26 @@ def _train(arguments: argparse.Namespace) -> int:
     return _fit(arguments, output, settings, model, loader, test_loader)
 
 
+def _augment(arguments: argparse.Namespace, info: Info, normalization: Normalization) -> Augment | None:
+    from layerwise_ext import data
+
+    if arguments.augment == "none" and arguments.cutout is None:
+        return None
+    options = {"cutout": arguments.cutout, "cutout_fill": tuple((255 * normalization.mean).tolist())}
+    if arguments.augment == "none":
+        return data.Augment(0, False, **options)
+    return data.standard_augment(info, **options)
+
+
 def _run_name(arguments: argparse.Namespace) -> str:
     parts = [arguments.data, arguments.model.replace(",", "_"), arguments.mode]
     for name, usual in (("head", "pooled_linear"), ("downsampling", "standard")):
         if getattr(arguments, name) != usual:
             parts.append(getattr(arguments, name).replace(",", "_"))
+    if arguments.augment != "none":
+        parts.append("augment")
+    if arguments.cutout is not None:
+        parts.append(f"cutout{arguments.cutout}")
     return "-".join(parts)
 
 

@@ -1,11 +1,13 @@
 """Image data sets from local files, and a loader that keeps them in memory.
 
 :func:`load` reads a data set by name, :func:`info` says what it is, :mod:`layerwise_ext.data.files` has a reader for
-each format, and :class:`MemoryLoader` makes batches. Nothing is unpickled, and only :func:`download` uses the network.
+each format. :class:`MemoryLoader` makes batches, with :class:`Augment` changed at random. Nothing is unpickled, and
+only :func:`download` uses the network.
 """
 
 from __future__ import annotations
 
+from layerwise_ext.data.augment import Augment, Cutout, RandomCrop, RandomFlip, standard_augment
 from layerwise_ext.data.download import download
 from layerwise_ext.data.files import (
     DataError,
@@ -25,10 +27,14 @@ from layerwise_ext.data.sets import DATA_DIR_VARIABLE, NAMES, Info, info, load
 __all__ = [
     "DATA_DIR_VARIABLE",
     "NAMES",
+    "Augment",
+    "Cutout",
     "DataError",
     "Info",
     "MemoryLoader",
     "Normalization",
+    "RandomCrop",
+    "RandomFlip",
     "Split",
     "download",
     "image_folder_classes",
@@ -41,4 +47,5 @@ __all__ = [
     "read_packed_images",
     "read_stl10",
     "read_svhn",
+    "standard_augment",
 ]

@@ -1,0 +1,229 @@
+"""Batches: the loader, augmentation against loops over images, resumed runs."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from layerwise_ext import data
+from layerwise_ext.models import vgg
+from layerwise_ext.train import GreedyTrainer, LocalTrainer, Trainer
+from torch import Tensor
+
+
+def images_of(count: int, channels: int = 3, size: tuple[int, int] = (7, 6)) -> Tensor:
+    generator = torch.Generator().manual_seed(count)
+    return torch.randint(1, 256, (count, channels, *size), dtype=torch.uint8, generator=generator)  # 0 is the fill
+
+
+def random_split(count: int, classes: int = 4, **options: Any) -> data.Split:
+    generator = torch.Generator().manual_seed(1)
+    return data.Split(images_of(count, **options), torch.randint(classes, (count,), generator=generator))
+
+
+# -- The loader --------------------------------------------------------------------------------------------------------
+
+
+def test_loader_gives_each_image_once_in_a_new_order() -> None:
+    split = data.Split(torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 3, 4, 4), torch.arange(10))
+    normalization = data.Normalization.of(split.images)
+    loader = data.MemoryLoader(split, 4, normalization, shuffle=True, seed=1)
+    epochs = [torch.cat([labels for _, labels in loader]).tolist() for _ in range(2)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 2
+    assert epochs[0] != epochs[1]
+    assert len(loader) == 3
+    for images, labels in loader:
+        expected = (labels.float() / 255 - normalization.mean[0]) / normalization.std[0]
+        torch.testing.assert_close(images[:, 1, 2, 2], expected)
+        assert images.is_contiguous(memory_format=torch.channels_last)
+    again = data.MemoryLoader(split, 4, normalization, shuffle=True, seed=1)
+    assert torch.cat([labels for _, labels in again]).tolist() == epochs[0]
+    dropping = data.MemoryLoader(split, 4, normalization, drop_last=True)
+    assert [len(labels) for _, labels in dropping] == [4, 4]
+    for size in (0, 11):
+        with pytest.raises(ValueError, match=f"batch size is {size}; allowed: 1 to 10"):
+            data.MemoryLoader(split, size, normalization)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_normalized_images_have_mean_zero_and_deviation_one(channels: int) -> None:
+    images = images_of(20, channels)
+    normalization = data.Normalization.of(images)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        normalized = normalization.apply(images.contiguous(memory_format=layout))
+        assert normalized.is_contiguous(memory_format=torch.channels_last)
+        expected = images.double() / 255
+        expected = (expected - expected.mean((0, 2, 3), keepdim=True)) / expected.std((0, 2, 3), keepdim=True)
+        torch.testing.assert_close(normalized.double(), expected, rtol=0, atol=1e-5)
+    flat = data.Normalization.of(torch.full((2, 1, 2, 2), 9, dtype=torch.uint8))
+    assert flat.apply(torch.full((1, 1, 2, 2), 9, dtype=torch.uint8)).abs().max() < 1e-3
+
+
+def test_the_loader_keeps_bytes() -> None:
+    split = random_split(8)
+    loader = data.MemoryLoader(split, 3, data.Normalization.of(split.images))
+    assert loader.images.dtype == torch.uint8
+    images, labels = next(iter(loader))
+    torch.testing.assert_close(images, loader.normalization.apply(split.images[:3]))
+    assert labels.tolist() == split.labels[:3].tolist()
+
+
+# -- Augmentation ------------------------------------------------------------------------------------------------------
+
+
+def crop_loop(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Image by image, with the draws of RandomCrop(2, fill=9)."""
+    offsets = torch.randint(5, (2, len(images)), generator=generator)
+    out = torch.empty_like(images)
+    for image, top, left, result in zip(images, *offsets.tolist(), out, strict=True):
+        padded = torch.full((image.shape[0], image.shape[1] + 4, image.shape[2] + 4), 9, dtype=image.dtype)
+        padded[:, 2:-2, 2:-2] = image
+        result.copy_(padded[:, top : top + image.shape[1], left : left + image.shape[2]])
+    return out
+
+
+def flip_loop(images: Tensor, generator: torch.Generator) -> Tensor:
+    flipped = torch.rand(len(images), generator=generator) < 0.3
+    return torch.stack([image.flip(2) if f else image for image, f in zip(images, flipped.tolist(), strict=True)])
+
+
+def cutout_loop(size: int) -> Callable[[Tensor, torch.Generator], Tensor]:
+    def loop(images: Tensor, generator: torch.Generator) -> Tensor:
+        height, width = images.shape[2:]
+        rows = torch.randint(height, (len(images), 1), generator=generator).flatten().tolist()
+        columns = torch.randint(width, (len(images), 1), generator=generator).flatten().tolist()
+        out = images.clone()
+        for image, row, column in zip(out, rows, columns, strict=True):
+            top, left = row - size // 2, column - size // 2
+            for channel, value in enumerate((50, 60, 70)):
+                image[channel, max(0, top) : max(0, top + size), max(0, left) : max(0, left + size)] = value
+        return out
+
+    return loop
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("augment", "loop"),
+    [
+        (data.RandomCrop(2, fill=9), crop_loop),
+        (data.RandomFlip(0.3), flip_loop),
+        (data.Cutout(3, fill=(50, 60.2, 70)), cutout_loop(3)),
+        (data.Cutout(4, fill=(50, 60.2, 70)), cutout_loop(4)),
+        (data.Cutout(30, fill=(50, 60.2, 70)), cutout_loop(30)),
+    ],
+)
+def test_augmentation_equals_a_loop_over_images(
+    augment: Any, loop: Any, layout: torch.memory_format, dtype: torch.dtype
+) -> None:
+    images = images_of(40).to(dtype).contiguous(memory_format=layout)
+    before = images.clone()
+    if isinstance(augment, data.Cutout) and dtype != torch.uint8:
+        augment = data.Cutout(augment.size, fill=(50, 60, 70))
+    result = augment(images, torch.Generator().manual_seed(5))
+    assert torch.equal(result, loop(images, torch.Generator().manual_seed(5)))
+    assert result.dtype == dtype
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(images, before)
+    assert not torch.equal(result, before)
+
+
+def test_all_shifts_are_drawn_and_centres_of_squares_are_everywhere() -> None:
+    dot = torch.zeros(2000, 1, 9, 9, dtype=torch.uint8)
+    dot[:, :, 4, 4] = 1
+    generator = torch.Generator().manual_seed(0)
+    where = data.RandomCrop(2)(dot, generator)[:, 0].sum(0)
+    assert int(where.sum()) == 2000
+    assert (where[2:7, 2:7] > 2000 / 25 / 2).all()
+    covered = data.Cutout(1, fill=1)(torch.zeros(8100, 1, 9, 9), generator)[:, 0].sum(0)
+    assert covered.min() > 60 and covered.max() < 140
+    flipped = data.RandomFlip()(torch.tensor([1, 0], dtype=torch.uint8).expand(1000, 1, 1, 2), generator)
+    assert 430 < int(flipped[:, 0, 0, 1].sum()) < 570
+
+
+def test_augment_composes() -> None:
+    images = images_of(30)
+    generators = [torch.Generator().manual_seed(2) for _ in range(2)]
+    expected = images
+    for part in (data.RandomCrop(4), data.RandomFlip(), data.Cutout(2, fill=7)):
+        expected = part(expected, generators[1])
+    assert torch.equal(data.Augment(cutout=2, cutout_fill=7)(images, generators[0]), expected)
+    assert torch.equal(generators[0].get_state(), generators[1].get_state())
+    assert data.Augment(0, False)(images) is images
+    assert data.standard_augment(data.info("cifar10"), cutout=8) == data.Augment(4, True, 8)
+    assert data.standard_augment(data.info("svhn")) == data.Augment(0, False)
+    torch.manual_seed(0)
+    first = data.Augment()(images)
+    torch.manual_seed(0)
+    assert torch.equal(data.Augment()(images), first)
+
+
+def test_augmentation_that_is_refused() -> None:
+    for make, message in [
+        (lambda: data.RandomCrop(0), "padding is 0; allowed: 1 or more"),
+        (lambda: data.RandomFlip(1.5), "probability is 1.5; allowed: 0 to 1"),
+        (lambda: data.Cutout(0), "size is 0; allowed: 1 or more"),
+        (lambda: data.Augment(-1), "crop_padding is -1; allowed: 0 or more"),
+        (lambda: data.Augment(cutout=0), "cutout is 0; allowed: 1 or more pixels, None"),
+        (lambda: data.Cutout(1, fill=(1, 2))(images_of(2)), "fill has 2 values; allowed: one, or 3"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make()
+
+
+def test_the_loader_augments_before_it_normalizes() -> None:
+    split = random_split(12)
+    normalization = data.Normalization.of(split.images)
+    loader = data.MemoryLoader(split, 5, normalization, shuffle=True, augment=data.Augment(2, True, 3), seed=3)
+    generator = torch.Generator().manual_seed(3)
+    seen = []
+    for _ in range(2):
+        order = torch.randperm(12, generator=generator)
+        for (images, labels), chosen in zip(loader, order.split(5), strict=True):
+            changed = data.Augment(2, True, 3)(split.images[chosen], generator)
+            assert torch.equal(images, normalization.apply(changed))
+            assert images.is_contiguous(memory_format=torch.channels_last)
+            assert torch.equal(labels, split.labels[chosen])
+        seen.append(images)
+    assert not torch.equal(*seen)
+
+
+# -- Resuming ----------------------------------------------------------------------------------------------------------
+
+
+def memory_loader() -> data.MemoryLoader:
+    split = random_split(60, channels=1, size=(8, 8))
+    options = {"shuffle": True, "augment": data.Augment(2, True, 3)}
+    return data.MemoryLoader(split, 8, data.Normalization.of(split.images), **options, seed=1)
+
+
+@pytest.mark.parametrize(("kind", "stop"), [(LocalTrainer, 1), (GreedyTrainer, 1), (GreedyTrainer, 3)])
+def test_a_resumed_run_is_bit_identical(kind: type[Trainer], stop: int) -> None:
+    class Stop(Exception):
+        pass
+
+    file = io.BytesIO()
+
+    def interrupt(trainer: Trainer, record: dict[str, Any]) -> None:
+        if trainer.epoch == stop:
+            torch.save(trainer.state_dict(), file)
+            raise Stop
+
+    def trainer() -> Trainer:
+        model = vgg([4, "M", 6], in_channels=1, num_classes=4, image_size=(8, 8), hidden=None, seed=0)
+        return kind(model, progress=False, seed=0)
+
+    straight, first, second = trainer(), trainer(), trainer()
+    straight.fit(memory_loader(), 2)
+    with pytest.raises(Stop):
+        first.fit(memory_loader(), 2, on_epoch_end=interrupt)
+    file.seek(0)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    second.fit(memory_loader(), 2)
+    for mine, theirs in zip(second.stages, straight.stages, strict=True):
+        expected = theirs.state_dict()
+        assert all(torch.equal(value, expected[key]) for key, value in mine.state_dict().items())
