@@ -114,18 +114,20 @@ def test_the_names_are_those_of_the_package() -> None:
     assert cli.DATA == data.NAMES
 
 
-def test_augmentation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--augment", "standard", "--cutout", "3"]
+def test_augmentation_and_classes_per_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--augment", "standard", "--cutout", "3", "--classes-per-batch", "4"]
     assert train(tmp_path / "whole", *options, "--epochs", "2") == 0
     assert train(tmp_path / "parts", *options, "--epochs", "1") == 0
-    message = refused(capsys, *TINY, "--output", str(tmp_path / "parts"), *options[:2], "--resume")
-    assert "--cutout is None, but the run in" in message
+    message = refused(capsys, *TINY, "--output", str(tmp_path / "parts"), *options[:4], "--resume")
+    assert "--classes-per-batch is None, but the run in" in message
     assert train(tmp_path / "parts", *options, "--epochs", "2", "--resume") == 0
     assert same(tmp_path / "whole", tmp_path / "parts")
-    for leave_out in range(0, 4, 2):  # each of them matters
+    for leave_out in range(0, 6, 2):  # each of them matters
         rest = options[:leave_out] + options[leave_out + 2 :]
         assert train(tmp_path / str(leave_out), *rest, "--epochs", "1") == 0
         assert not same(tmp_path / "whole", tmp_path / str(leave_out))
+    message = refused(capsys, *TINY, "--output", str(tmp_path / "no"), "--classes-per-batch", "11")
+    assert "classes_per_batch is 11; allowed: 1 to 10" in message
 
 
 def test_networks_have_an_output_for_each_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

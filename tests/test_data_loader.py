@@ -1,4 +1,4 @@
-"""Batches: the loader, augmentation against loops over images, resumed runs."""
+"""Batches: the loader, augmentation against loops over images, classes per batch, subsets, resumed runs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from layerwise_ext import data
 from layerwise_ext.models import vgg
 from layerwise_ext.train import GreedyTrainer, LocalTrainer, Trainer
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 
 def images_of(count: int, channels: int = 3, size: tuple[int, int] = (7, 6)) -> Tensor:
@@ -192,17 +193,151 @@ def test_the_loader_augments_before_it_normalizes() -> None:
     assert not torch.equal(*seen)
 
 
+# -- Classes per batch -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("counts", "batch_size", "classes", "batches"),
+    [
+        ([20] * 10, 20, 5, 10),  # everything is used
+        ([20] * 10, 10, 10, 20),
+        ([20] * 10, 4, 1, 50),
+        ([30, 0, 30, 30], 6, 2, 15),  # a class without images
+        ([100, 10, 10, 10], 4, 2, 15),  # the first class is in every batch, and most of it is left over
+        ([17, 23, 9, 31, 5], 7, 3, 8),  # quotas 3, 2, 2
+        ([5, 5, 1], 8, 2, 1),
+    ],
+)
+def test_classes_per_batch(counts: list[int], batch_size: int, classes: int, batches: int) -> None:
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
+    sampler = data.ClassBatchSampler(labels, batch_size, classes, generator=torch.Generator().manual_seed(1))
+    assert len(sampler) == batches
+    epochs = [list(sampler) for _ in range(20)]
+    for epoch in epochs:
+        assert [len(batch) for batch in epoch] == [batch_size] * batches
+        used = [index for batch in epoch for index in batch]
+        assert len(set(used)) == len(used)
+        for batch in epoch:
+            present = torch.bincount(labels[batch])
+            present = present[present > 0]
+            assert len(present) == classes
+            assert int(present.max() - present.min()) <= (batch_size % classes > 0)
+    assert epochs[0] != epochs[1]
+    again = data.ClassBatchSampler(labels, batch_size, classes, generator=torch.Generator().manual_seed(1))
+    assert [list(again), list(again)] == epochs[:2]
+
+
+def test_epochs_end_when_no_further_batch_can_be_filled() -> None:
+    """Against all ways of taking classes one after another, for many small sets."""
+
+    def longest(shares: tuple[int, ...], classes: int) -> int:
+        shares = tuple(sorted(shares, reverse=True))
+        if classes > len(shares) or shares[classes - 1] == 0:
+            return 0
+        return 1 + longest(tuple(s - (i < classes) for i, s in enumerate(shares)), classes)
+
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        shares = torch.randint(1, 9, (5,), generator=generator)
+        classes = int(torch.randint(1, 6, (1,), generator=generator))
+        labels = torch.arange(5).repeat_interleave(2 * shares)
+        sampler = data.ClassBatchSampler(labels, 2 * classes, classes, generator=generator)
+        assert len(sampler) == longest(tuple(shares.tolist()), classes) == len(list(sampler))
+
+
+def test_classes_meet_by_chance() -> None:
+    labels = torch.arange(10).repeat_interleave(40)
+    sampler = data.ClassBatchSampler(labels, 8, 2, generator=torch.Generator().manual_seed(0))
+    pairs = torch.zeros(10, 10)
+    positions = torch.zeros(10, 8)
+    for _ in range(40):
+        for batch in sampler.epoch():
+            first, second = labels[batch].unique().tolist()
+            pairs[first, second] += 1
+            positions[labels[batch], torch.arange(8)] += 1
+    above = pairs[torch.ones(10, 10).triu(1).bool()]
+    assert int(above.sum()) == 40 * 50
+    assert above.min() > 20 and above.max() < 75  # 44 on average
+    assert positions.min() > 130 and positions.max() < 270  # 200 on average: no class comes first
+
+
+def test_classes_per_batch_that_are_refused() -> None:
+    labels = torch.arange(4).repeat_interleave(5)
+    for make, message in [
+        (lambda: data.ClassBatchSampler(labels, 8, 5), "classes_per_batch is 5; allowed: 1 to 4"),
+        (lambda: data.ClassBatchSampler(labels, 8, 0), "classes_per_batch is 0; allowed: 1 to 4"),
+        (lambda: data.ClassBatchSampler(labels, 2, 3), "batch size is 2; allowed: 3, classes_per_batch, or more"),
+        (lambda: data.ClassBatchSampler(labels, 12, 2), "fewer than 2 classes have 6 images"),
+        (lambda: data.ClassBatchSampler(labels - 1, 8, 2), "has -1, images without a label"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make()
+    split = random_split(12)
+    with pytest.raises(ValueError, match="classes_per_batch is 2 with shuffle=False"):
+        data.MemoryLoader(split, 4, data.Normalization.of(split.images), classes_per_batch=2)
+
+
+def test_loaders_with_classes_per_batch() -> None:
+    split = random_split(60, classes=6)
+    normalization = data.Normalization.of(split.images)
+    loader = data.MemoryLoader(split, 6, normalization, shuffle=True, classes_per_batch=3)
+    batches = list(loader)
+    assert len(batches) == len(loader) > 5
+    for images, labels in batches:
+        assert len(labels.unique()) == 3
+        for image, label in zip(images, labels, strict=True):
+            same = (normalization.apply(split.images) == image).flatten(1).all(1)
+            assert split.labels[same].tolist() == [int(label)]
+    sampler = data.ClassBatchSampler(split.labels, 6, 3)
+    assert all(len(labels.unique()) == 3 for _, labels in DataLoader(TensorDataset(*split), batch_sampler=sampler))
+
+
+# -- Subsets -----------------------------------------------------------------------------------------------------------
+
+
+def test_subsets_have_as_many_of_each_class_and_grow() -> None:
+    split = random_split(200)
+    small, large = (data.subset(split, per_class=n, seed=5) for n in (3, 20))
+    assert torch.bincount(small.labels).tolist() == [3] * 4
+    assert torch.bincount(large.labels).tolist() == [20] * 4
+
+    def places(part: data.Split) -> list[int]:
+        return [int((split.images == image).flatten(1).all(1).nonzero()) for image in part.images]
+
+    assert places(small) == sorted(places(small))
+    assert set(places(small)) < set(places(large))
+    assert torch.equal(split.labels[places(large)], large.labels)
+    assert places(data.subset(split, per_class=3, seed=5)) == places(small)
+    assert places(data.subset(split, per_class=3, seed=6)) != places(small)
+    least = int(torch.bincount(split.labels).min())
+    label = int(torch.bincount(split.labels).argmin())
+    with pytest.raises(ValueError, match=f"per_class is {least + 1}, but class {label} has {least} images"):
+        data.subset(split, per_class=least + 1)
+    with pytest.raises(ValueError, match="per_class is 0; allowed: 1 or more"):
+        data.subset(split, per_class=0)
+    with pytest.raises(ValueError, match="images without a label"):
+        data.subset(data.Split(split.images, torch.full((200,), -1)), per_class=1)
+
+
 # -- Resuming ----------------------------------------------------------------------------------------------------------
 
 
 def memory_loader() -> data.MemoryLoader:
     split = random_split(60, channels=1, size=(8, 8))
-    options = {"shuffle": True, "augment": data.Augment(2, True, 3)}
+    options = {"shuffle": True, "augment": data.Augment(2, True, 3), "classes_per_batch": 2}
     return data.MemoryLoader(split, 8, data.Normalization.of(split.images), **options, seed=1)
 
 
+def torch_loader() -> DataLoader:
+    split = random_split(60, channels=1, size=(8, 8))
+    sampler = data.ClassBatchSampler(split.labels, 8, 2, generator=torch.Generator().manual_seed(1))
+    return DataLoader(TensorDataset(split.images.float() / 255, split.labels), batch_sampler=sampler)
+
+
+@pytest.mark.parametrize("make_loader", [memory_loader, torch_loader])
 @pytest.mark.parametrize(("kind", "stop"), [(LocalTrainer, 1), (GreedyTrainer, 1), (GreedyTrainer, 3)])
-def test_a_resumed_run_is_bit_identical(kind: type[Trainer], stop: int) -> None:
+def test_a_resumed_run_is_bit_identical(kind: type[Trainer], stop: int, make_loader: Callable[[], Any]) -> None:
     class Stop(Exception):
         pass
 
@@ -218,12 +353,12 @@ def test_a_resumed_run_is_bit_identical(kind: type[Trainer], stop: int) -> None:
         return kind(model, progress=False, seed=0)
 
     straight, first, second = trainer(), trainer(), trainer()
-    straight.fit(memory_loader(), 2)
+    straight.fit(make_loader(), 2)
     with pytest.raises(Stop):
-        first.fit(memory_loader(), 2, on_epoch_end=interrupt)
+        first.fit(make_loader(), 2, on_epoch_end=interrupt)
     file.seek(0)
     second.load_state_dict(torch.load(file, weights_only=True))
-    second.fit(memory_loader(), 2)
+    second.fit(make_loader(), 2)
     for mine, theirs in zip(second.stages, straight.stages, strict=True):
         expected = theirs.state_dict()
         assert all(torch.equal(value, expected[key]) for key, value in mine.state_dict().items())

@@ -26,7 +26,8 @@ OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 MODES = ("joint", "local", "greedy")
 # Options of `train` that decide what is computed: a resumed run must have the same ones.
 DEFINING = ("data", "model", "width_multiplier", "downsampling", "head", "activation", "mode", "batch_size", "lr",
-            "optimizer", "dtype", "seed", "limit_train", "plain", "image_size", "augment", "cutout")  # fmt: skip
+            "optimizer", "dtype", "seed", "limit_train", "plain", "image_size", "augment", "cutout",
+            "classes_per_batch")  # fmt: skip
 # Of data.NAMES, which is not imported for --help.
 DATA = (
     "digits",
@@ -112,6 +113,8 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--augment", choices=("none", "standard"), default="none",
                        help="standard: random crops and flips as usual for the data set")  # fmt: skip
     train.add_argument("--cutout", type=_positive(int), metavar="N", help="cover a random square of NxN pixels")
+    train.add_argument("--classes-per-batch", type=_positive(int), metavar="K",
+                       help="images of exactly K classes in each batch")  # fmt: skip
     train.add_argument("--plain", action="store_true", help="plain PyTorch layers instead of the fused ones")
     train.add_argument("--output", type=Path, help="run folder; default: runs/DATA-MODEL-MODE")
     train.add_argument("--resume", action="store_true", help="go on from the checkpoint in the run folder")
@@ -202,6 +205,7 @@ def _train(arguments: argparse.Namespace) -> int:
             shuffle=True,
             drop_last=True,
             augment=_augment(arguments, info, normalization),
+            classes_per_batch=arguments.classes_per_batch,
             seed=arguments.seed,
         )
         test_loader = data.MemoryLoader(test_split, min(512, len(test_split.labels)), normalization)

@@ -1,8 +1,9 @@
 """Image data sets from local files, and a loader that keeps them in memory.
 
 :func:`load` reads a data set by name, :func:`info` says what it is, :mod:`layerwise_ext.data.files` has a reader for
-each format. :class:`MemoryLoader` makes batches, with :class:`Augment` changed at random. Nothing is unpickled, and
-only :func:`download` uses the network.
+each format. :class:`MemoryLoader` makes batches, with :class:`Augment` changed at random, of a few classes each where
+they are asked for; :func:`subset` takes a few images of each class. Nothing is unpickled, and only :func:`download`
+uses the network.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ from layerwise_ext.data.files import (
     read_svhn,
 )
 from layerwise_ext.data.loader import MemoryLoader, Normalization
+from layerwise_ext.data.sampler import ClassBatchSampler
 from layerwise_ext.data.sets import DATA_DIR_VARIABLE, NAMES, Info, info, load
+from layerwise_ext.data.subset import subset
 
 __all__ = [
     "DATA_DIR_VARIABLE",
     "NAMES",
     "Augment",
+    "ClassBatchSampler",
     "Cutout",
     "DataError",
     "Info",
@@ -48,4 +52,5 @@ __all__ = [
     "read_stl10",
     "read_svhn",
     "standard_augment",
+    "subset",
 ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from layerwise_ext.data.files import Split
+from layerwise_ext.data.sampler import ClassBatchSampler
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,12 @@ class MemoryLoader:
         shuffle: new order in each epoch.
         drop_last: leave out a last batch that is smaller.
         augment: ``augment(images, generator) -> images`` on batches uint8 ``[B, C, H, W]``, such as :class:`Augment`.
+        classes_per_batch: batches with images of that many classes (:class:`ClassBatchSampler`), all of them full;
+            needs ``shuffle``.
         seed: of the order and the augmentation.
 
     Raises:
-        ValueError: ``batch_size`` out of range.
+        ValueError: ``batch_size`` or ``classes_per_batch`` out of range.
     """
 
     def __init__(
@@ -68,10 +71,13 @@ class MemoryLoader:
         shuffle: bool = False,
         drop_last: bool = False,
         augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+        classes_per_batch: int | None = None,
         seed: int = 0,
     ) -> None:
         if not 1 <= batch_size <= len(split.labels):
             raise ValueError(f"batch size is {batch_size}; allowed: 1 to {len(split.labels)}, the number of images")
+        if classes_per_batch is not None and not shuffle:
+            raise ValueError(f"classes_per_batch is {classes_per_batch} with shuffle=False; such batches are drawn")
         self.images = split.images.contiguous(memory_format=torch.channels_last)
         self.labels = split.labels
         self.batch_size = batch_size
@@ -80,8 +86,13 @@ class MemoryLoader:
         self.drop_last = drop_last
         self.augment = augment
         self.generator = torch.Generator().manual_seed(seed)
+        self._sampler: ClassBatchSampler | None = None
+        if classes_per_batch is not None:
+            self._sampler = ClassBatchSampler(split.labels, batch_size, classes_per_batch, generator=self.generator)
 
     def __len__(self) -> int:
+        if self._sampler is not None:
+            return len(self._sampler)
         count = len(self.labels)
         return count // self.batch_size if self.drop_last else -(-count // self.batch_size)
 
@@ -96,6 +107,9 @@ class MemoryLoader:
 
     def _epoch(self) -> Iterator[Tensor]:
         """Indices ``[B]`` of each batch."""
+        if self._sampler is not None:
+            yield from self._sampler.epoch()
+            return
         count = len(self.labels)
         order = torch.randperm(count, generator=self.generator) if self.shuffle else torch.arange(count)
         for first in range(0, len(self) * self.batch_size, self.batch_size):
