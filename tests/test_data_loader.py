@@ -113,9 +113,9 @@ def cutout_loop(size: int) -> Callable[[Tensor, torch.Generator], Tensor]:
     [
         (data.RandomCrop(2, fill=9), crop_loop),
         (data.RandomFlip(0.3), flip_loop),
-        (data.Cutout(3, fill=(50, 60.2, 70)), cutout_loop(3)),
-        (data.Cutout(4, fill=(50, 60.2, 70)), cutout_loop(4)),
-        (data.Cutout(30, fill=(50, 60.2, 70)), cutout_loop(30)),
+        (data.Cutout(3, fill=(50, 59.8, 70)), cutout_loop(3)),
+        (data.Cutout(4, fill=(50, 59.8, 70)), cutout_loop(4)),
+        (data.Cutout(30, fill=(50, 59.8, 70)), cutout_loop(30)),
     ],
 )
 def test_augmentation_equals_a_loop_over_images(
@@ -260,6 +260,18 @@ def test_classes_meet_by_chance() -> None:
     assert int(above.sum()) == 40 * 50
     assert above.min() > 20 and above.max() < 75  # 44 on average
     assert positions.min() > 130 and positions.max() < 270  # 200 on average: no class comes first
+
+
+def test_images_meet_by_chance() -> None:
+    sampler = data.ClassBatchSampler(torch.zeros(20, dtype=torch.int64), 4, 1)
+    first, second = ({frozenset(batch) for batch in sampler} for _ in range(2))
+    assert first != second
+    labels = torch.arange(4).repeat_interleave(torch.tensor([200, 20, 20, 20]))
+    sampler = data.ClassBatchSampler(labels, 5, 2, generator=torch.Generator().manual_seed(0))
+    batches = labels[torch.cat([sampler.epoch() for _ in range(20)])]
+    larger = (batches == 0).sum(1) == 3
+    assert 0.4 < larger.double().mean() < 0.6  # the class that is in every batch is not always the larger half of it
+    assert (batches.diff(dim=1) != 0).sum(1).max() > 1  # classes are mixed
 
 
 def test_classes_per_batch_that_are_refused() -> None:
