@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from layerwise_ext import checkpoint, cli, models
+from layerwise_ext import checkpoint, cli, data, models
+from PIL import Image
 
 TINY = [
     "train",
@@ -108,8 +109,58 @@ def test_schedules_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "model is 'resnet19'; allowed: vgg8b" in message and not (tmp_path / "run").exists()
 
 
-def test_the_heads_are_those_of_the_model() -> None:
+def test_the_names_are_those_of_the_package() -> None:
     assert cli.HEADS == models.HEADS
+    assert cli.DATA == data.NAMES
+
+
+def test_augmentation_and_classes_per_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--augment", "standard", "--cutout", "3", "--classes-per-batch", "4"]
+    assert train(tmp_path / "whole", *options, "--epochs", "2") == 0
+    assert train(tmp_path / "parts", *options, "--epochs", "1") == 0
+    message = refused(capsys, *TINY, "--output", str(tmp_path / "parts"), *options[:4], "--resume")
+    assert "--classes-per-batch is None, but the run in" in message
+    assert train(tmp_path / "parts", *options, "--epochs", "2", "--resume") == 0
+    assert same(tmp_path / "whole", tmp_path / "parts")
+    for leave_out in range(0, 6, 2):  # each of them matters
+        rest = options[:leave_out] + options[leave_out + 2 :]
+        assert train(tmp_path / str(leave_out), *rest, "--epochs", "1") == 0
+        assert not same(tmp_path / "whole", tmp_path / str(leave_out))
+    message = refused(capsys, *TINY, "--output", str(tmp_path / "no"), "--classes-per-batch", "11")
+    assert "classes_per_batch is 11; allowed: 1 to 10" in message
+
+
+def test_networks_have_an_output_for_each_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = bytes(i for label in range(64) for i in (label % 20, label, *(label for _ in range(3072))))
+    for name in ("train.bin", "test.bin"):
+        (tmp_path / name).write_bytes(records)
+    run = ["--data-dir", str(tmp_path), "--model", "4,M,4,M", "--batch-size", "32", "--epochs", "1"]
+    for name, head, classes in (("cifar100", "predsim", 100), ("cifar100-coarse", "pooled_linear", 20)):
+        output = tmp_path / name
+        assert cli.main(["train", "--data", name, *run, "--head", head, "--output", str(output)]) == 0
+        plain = models.vgg([4, "M", 4, "M"], in_channels=3, num_classes=classes, fused=False)
+        plain.backbone().load_state_dict(weights(output), strict=True)
+        for stage in checkpoint.load(output / "checkpoint.pt")["stages"]:
+            assert any(key.startswith("head.") and len(value) == classes for key, value in stage.items() if value.dim())
+
+
+def test_image_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "test"):
+        for index, name in enumerate(("cat", "dog", "owl")):
+            for number in range(2):
+                path = tmp_path / split / name / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (20, 10), (80 * index, 10 * number, 0)).save(path)
+    run = ["train", "--data", "image-folder", "--data-dir", str(tmp_path), "--model", "4,M,4", "--batch-size", "3"]
+    run += ["--epochs", "1", "--output", str(tmp_path / "run")]
+    assert "image_size is None; image-folder needs the size" in refused(capsys, *run)
+    assert "--limit-train takes the first images" in refused(capsys, *run, "--image-size", "8", "--limit-train", "3")
+    assert cli.main([*run, "--image-size", "8", "--augment", "standard"]) == 0
+    assert "(6 images;" in capsys.readouterr().out
+    plain = models.vgg([4, "M", 4], in_channels=3, num_classes=3, image_size=(8, 8), fused=False)
+    plain.backbone().load_state_dict(weights(tmp_path / "run"), strict=True)
+    message = refused(capsys, *TINY, "--output", str(tmp_path / "no"), "--image-size", "8")
+    assert "image_size is 8, but images of digits have 8x8; leave it out" in message
 
 
 def test_backbone_loads_strictly_into_the_plain_network(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # torch takes seconds to import; --help should not
     import torch
 
+    from layerwise_ext.data import Augment, Info, Normalization
     from layerwise_ext.models import StagedModel
     from layerwise_ext.train import Trainer
 
@@ -25,7 +26,22 @@ OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 MODES = ("joint", "local", "greedy")
 # Options of `train` that decide what is computed: a resumed run must have the same ones.
 DEFINING = ("data", "model", "width_multiplier", "downsampling", "head", "activation", "mode", "batch_size", "lr",
-            "optimizer", "dtype", "seed", "limit_train", "plain")  # fmt: skip
+            "optimizer", "dtype", "seed", "limit_train", "plain", "image_size", "augment", "cutout",
+            "classes_per_batch")  # fmt: skip
+# Of data.NAMES, which is not imported for --help.
+DATA = (
+    "digits",
+    "mnist",
+    "fashion-mnist",
+    "kmnist",
+    "cifar10",
+    "cifar10-jpeg",
+    "cifar100",
+    "cifar100-coarse",
+    "svhn",
+    "stl10",
+    "image-folder",
+)
 # Of models.vgg, which is not imported for --help.
 HEADS = (
     "pooled_linear",
@@ -71,8 +87,10 @@ def build_parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     train = commands.add_parser("train", help="train a network on your data", formatter_class=defaults)
-    train.add_argument("--data", choices=("digits", "mnist", "fashion-mnist", "cifar10"), default="digits")
+    train.add_argument("--data", choices=DATA, default="digits")
     train.add_argument("--data-dir", type=Path, help="folder of the data files; default: $LAYERWISE_DATA")
+    train.add_argument("--image-size", type=_positive(int), metavar="N",
+                       help="of image-folder: its images are cut and resized to NxN")  # fmt: skip
     train.add_argument("--model", default="vgg8b",
                        help="vgg8b, vgg11b, vgg11 to vgg19, resnet18 to resnet152, resnet20 to resnet110, cnn, or "
                        "widths and pools such as 32,M,64,M")  # fmt: skip
@@ -92,6 +110,11 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--threads", type=_positive(int), help="default: all cores")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--limit-train", type=_positive(int), metavar="N", help="use the first N training images")
+    train.add_argument("--augment", choices=("none", "standard"), default="none",
+                       help="standard: random crops and flips as usual for the data set")  # fmt: skip
+    train.add_argument("--cutout", type=_positive(int), metavar="N", help="cover a random square of NxN pixels")
+    train.add_argument("--classes-per-batch", type=_positive(int), metavar="K",
+                       help="images of exactly K classes in each batch")  # fmt: skip
     train.add_argument("--plain", action="store_true", help="plain PyTorch layers instead of the fused ones")
     train.add_argument("--output", type=Path, help="run folder; default: runs/DATA-MODEL-MODE")
     train.add_argument("--resume", action="store_true", help="go on from the checkpoint in the run folder")
@@ -160,23 +183,47 @@ def _train(arguments: argparse.Namespace) -> int:
 
     if arguments.mode == "joint" and arguments.head != "pooled_linear":
         raise UsageError(f"--head is {arguments.head!r}, but --mode joint has no local losses; leave it out")
+    if arguments.data == "image-folder" and arguments.limit_train is not None:
+        raise UsageError("--limit-train takes the first images, which in an image-folder are all of the first classes")
     output = arguments.output or Path("runs") / _run_name(arguments)
     settings = {name: getattr(arguments, name) for name in DEFINING}
     _check_run_folder(output, settings, arguments.resume)
     _set_threads(arguments.threads)
     try:
-        train_split, test_split = (data.load(arguments.data, arguments.data_dir, split) for split in ("train", "test"))
+        info = data.info(arguments.data, arguments.data_dir, image_size=arguments.image_size)
+        train_split, test_split = (
+            data.load(arguments.data, arguments.data_dir, split, image_size=arguments.image_size)
+            for split in ("train", "test")
+        )
         if arguments.limit_train is not None:
             train_split = data.Split(*(part[: arguments.limit_train] for part in train_split))
         normalization = data.Normalization.of(train_split.images)
         loader = data.MemoryLoader(
-            train_split, arguments.batch_size, normalization, shuffle=True, drop_last=True, seed=arguments.seed
+            train_split,
+            arguments.batch_size,
+            normalization,
+            shuffle=True,
+            drop_last=True,
+            augment=_augment(arguments, info, normalization),
+            classes_per_batch=arguments.classes_per_batch,
+            seed=arguments.seed,
         )
         test_loader = data.MemoryLoader(test_split, min(512, len(test_split.labels)), normalization)
-        model = _model(arguments, tuple(train_split.images.shape[1:]))
+        model = _model(arguments, tuple(train_split.images.shape[1:]), info.num_classes)
     except (data.DataError, ValueError) as error:
         raise UsageError(str(error)) from error
     return _fit(arguments, output, settings, model, loader, test_loader)
+
+
+def _augment(arguments: argparse.Namespace, info: Info, normalization: Normalization) -> Augment | None:
+    from layerwise_ext import data
+
+    if arguments.augment == "none" and arguments.cutout is None:
+        return None
+    options = {"cutout": arguments.cutout, "cutout_fill": tuple((255 * normalization.mean).tolist())}
+    if arguments.augment == "none":
+        return data.Augment(0, False, **options)
+    return data.standard_augment(info, **options)
 
 
 def _run_name(arguments: argparse.Namespace) -> str:
@@ -184,6 +231,10 @@ def _run_name(arguments: argparse.Namespace) -> str:
     for name, usual in (("head", "pooled_linear"), ("downsampling", "standard")):
         if getattr(arguments, name) != usual:
             parts.append(getattr(arguments, name).replace(",", "_"))
+    if arguments.augment != "none":
+        parts.append("augment")
+    if arguments.cutout is not None:
+        parts.append(f"cutout{arguments.cutout}")
     return "-".join(parts)
 
 
@@ -205,7 +256,7 @@ def _check_run_folder(output: Path, settings: dict[str, Any], resume: bool) -> N
             raise UsageError(f"--resume: {option} is {value!r}, but the run in {output} has {saved.get(name)!r}")
 
 
-def _model(arguments: argparse.Namespace, shape: tuple[int, ...]) -> StagedModel:
+def _model(arguments: argparse.Namespace, shape: tuple[int, ...], num_classes: int) -> StagedModel:
     from layerwise_ext import models
 
     downsampling: str | list[int] = arguments.downsampling
@@ -225,6 +276,7 @@ def _model(arguments: argparse.Namespace, shape: tuple[int, ...]) -> StagedModel
     channels, *size = shape
     options: dict[str, Any] = {
         "in_channels": channels,
+        "num_classes": num_classes,
         "image_size": (size[0], size[1]),
         "width_multiplier": arguments.width_multiplier,
         "downsampling": downsampling,

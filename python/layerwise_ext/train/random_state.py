@@ -39,11 +39,11 @@ def restore(state: dict[str, Any], loader: Any, device: torch.device) -> None:
 
 
 def _generators(loader: Any) -> Iterator[torch.Generator]:
-    """``generator`` of the loader, of its sampler and of its batch sampler's sampler, each once."""
+    """``generator`` of the loader, of its sampler, of its batch sampler and of that one's sampler, each once."""
     sampler = getattr(loader, "sampler", None)
-    batch_sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+    batch_sampler = getattr(loader, "batch_sampler", None)
     seen: set[int] = set()
-    for owner in (loader, sampler, batch_sampler):
+    for owner in (loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None)):
         generator = getattr(owner, "generator", None)
         if isinstance(generator, torch.Generator) and id(generator) not in seen:
             seen.add(id(generator))
