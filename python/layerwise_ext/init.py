@@ -10,23 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from layerwise_ext import functional
-from layerwise_ext.models import StagedModel
+from layerwise_ext._modules import Layer, call, layers_of
 from layerwise_ext.models.build import evaluating
 from layerwise_ext.models.summary import _table
-from layerwise_ext.nn import ConvBNReLU2d, LocalStage
 
 __all__ = ["InitReport", "LayerReport", "data_dependent_", "lsuv_"]
 
 T = TypeVar("T")
 
-_KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -103,7 +100,7 @@ def lsuv_(
     if max_tries < 1:
         raise ValueError(f"max_tries is {max_tries}; allowed: 1 or more")
 
-    def initialize(layer: _Layer, x: Tensor) -> LayerReport:
+    def initialize(layer: Layer, x: Tensor) -> LayerReport:
         weight, bias = layer.parameters()
         _draw(weight, nn.init.orthogonal_, generator)
         if bias is not None:
@@ -171,9 +168,9 @@ def data_dependent_(
         raise ValueError(f"max_rounds is {max_rounds}; allowed: 0 or more")
     if not tolerance > 0:
         raise ValueError(f"tolerance is {tolerance}; it must be positive")
-    scales: dict[_Layer, Tensor] = {}  # mean |x| of each layer's input
+    scales: dict[Layer, Tensor] = {}  # mean |x| of each layer's input
 
-    def normalize(layer: _Layer, x: Tensor) -> LayerReport:
+    def normalize(layer: Layer, x: Tensor) -> LayerReport:
         weight, bias = layer.parameters()
         _draw(weight, nn.init.normal_, generator)
         if bias is not None:
@@ -202,7 +199,7 @@ def data_dependent_(
 class _Between:
     """The second part of :func:`data_dependent_`."""
 
-    def __init__(self, layers: list[_Layer], scales: dict[_Layer, Tensor], generator: torch.Generator | None) -> None:
+    def __init__(self, layers: list[Layer], scales: dict[Layer, Tensor], generator: torch.Generator | None) -> None:
         self.layers = layers
         self.scales = scales
         self.generator = generator
@@ -220,7 +217,7 @@ class _Between:
         """float64 ``[len(layers)]``; NaN where no gradient arrives."""
         weights = [layer.parameters()[0] for layer in self.layers]
         with _trainable(self.layers), torch.enable_grad():
-            y = _call(model, batch)
+            y = call(model, batch)
             if not isinstance(y, Tensor) or not y.is_floating_point():
                 raise TypeError(f"model gives {type(y).__name__}; a floating-point tensor is needed")
             if self._eta is None:
@@ -235,7 +232,7 @@ class _Between:
     def _scale(self, model: nn.Module, batch: Tensor, factors: Tensor) -> None:
         factor_of = dict(zip(self.layers, factors.tolist(), strict=True))
 
-        def scale(layer: _Layer, x: Tensor) -> None:
+        def scale(layer: Layer, x: Tensor) -> None:
             weight, bias = layer.parameters()
             weight.mul_(factor_of[layer])
             before, now = self.scales[layer], _wide(x).abs().mean()
@@ -249,32 +246,7 @@ class _Between:
 # -- Layers ------------------------------------------------------------------------------------------------------------
 
 
-class _Layer(NamedTuple):
-    """A convolution or linear layer; ``owner`` is the module that is called in its place, or the layer itself."""
-
-    name: str
-    module: nn.Module
-    owner: nn.Module
-
-    def parameters(self) -> tuple[nn.Parameter, nn.Parameter | None]:
-        return cast(nn.Parameter, self.module.weight), cast("nn.Parameter | None", self.module.bias)
-
-    @property
-    def channel_dim(self) -> int:
-        """Of the output: the last dimension of a linear layer's, the one before the spatial ones of a convolution's."""
-        return 1 - self.parameters()[0].dim() if not isinstance(self.module, nn.Linear) else -1
-
-    def output(self, x: Tensor) -> Tensor:
-        """Without hooks."""
-        y: Tensor = self.module.forward(x)
-        if isinstance(self.owner, ConvBNReLU2d) and self.owner.downsample is not None:
-            mode, factor = self.owner.downsample
-            if mode == "stride":  # which the fused layer folds into the convolution
-                y = functional.downsample(y, mode, factor)
-        return y
-
-
-def _layers(model: nn.Module, batch: Tensor) -> tuple[list[_Layer], list[LayerReport]]:
+def _layers(model: nn.Module, batch: Tensor) -> tuple[list[Layer], list[LayerReport]]:
     """The layers to be initialised, and rows for those that are not."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; allowed: an nn.Module")
@@ -283,32 +255,30 @@ def _layers(model: nn.Module, batch: Tensor) -> tuple[list[_Layer], list[LayerRe
         raise TypeError(f"batch is {found}; allowed: a floating-point tensor")
     if batch.numel() == 0:
         raise ValueError(f"batch has shape {list(batch.shape)}; at least one sample is needed")
-    owners: dict[nn.Module, nn.Module] = {m.conv: m for m in model.modules() if isinstance(m, ConvBNReLU2d)}
-    layers: list[_Layer] = []
-    skipped: list[LayerReport] = []
     for name, module in model.named_modules():
         if any(map(is_lazy, module.parameters(recurse=False))):
             raise ValueError(f"model has a lazy module, {name!r}, without parameters; run it once before")
-        if isinstance(module, _TRANSPOSED):
-            skipped.append(LayerReport(name, note=f"{type(module).__name__}: left alone"))
-        elif isinstance(module, _KINDS):
-            if isinstance(module._parameters.get("weight"), nn.Parameter):
-                layers.append(_Layer(name, module, owners.get(module, module)))
-            else:
-                skipped.append(LayerReport(name, note="its weight is computed: left alone"))
+    layers: list[Layer] = []
+    skipped: list[LayerReport] = []
+    for layer in layers_of(model):
+        if layer.is_computed:
+            skipped.append(LayerReport(layer.name, note="its weight is computed: left alone"))
+        else:
+            layers.append(layer)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no convolution or linear layer to initialise")
+    for name, module in model.named_modules():
+        if isinstance(module, _TRANSPOSED):
+            skipped.append(LayerReport(name, note=f"{type(module).__name__}: left alone"))
     return layers, skipped
 
 
-def _visit(
-    model: nn.Module, batch: Tensor, layers: list[_Layer], visit: Callable[[_Layer, Tensor], T]
-) -> dict[_Layer, T]:
+def _visit(model: nn.Module, batch: Tensor, layers: list[Layer], visit: Callable[[Layer, Tensor], T]) -> dict[Layer, T]:
     """Calls ``visit(layer, input)`` before each layer's first call in a forward pass; its results in that order."""
-    results: dict[_Layer, T] = {}
+    results: dict[Layer, T] = {}
     seen: set[nn.Parameter] = set()
 
-    def hook(layer: _Layer) -> Callable[..., None]:
+    def hook(layer: Layer) -> Callable[..., None]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             weight, _ = layer.parameters()
             if weight not in seen:
@@ -320,27 +290,20 @@ def _visit(
     handles = [layer.owner.register_forward_pre_hook(hook(layer), with_kwargs=True) for layer in layers]
     try:
         with torch.no_grad():
-            _call(model, batch)
+            call(model, batch)
     finally:
         for handle in handles:
             handle.remove()
     return results
 
 
-def _unvisited(layers: list[_Layer], visited: Collection[_Layer]) -> Iterator[LayerReport]:
+def _unvisited(layers: list[Layer], visited: Collection[Layer]) -> Iterator[LayerReport]:
     names = {layer.parameters()[0]: layer.name for layer in visited}
     for layer in layers:
         if layer not in visited:
             shared = names.get(layer.parameters()[0])
             note = "not called by the forward pass: left alone" if shared is None else f"its weight is that of {shared}"
             yield LayerReport(layer.name, note=note)
-
-
-def _call(model: nn.Module, batch: Tensor) -> Any:
-    """So that hooks run on every layer, which a stage that is asked for moments does without."""
-    if isinstance(model, StagedModel):
-        return model.backbone()(batch)
-    return model.features(batch) if isinstance(model, LocalStage) else model(batch)
 
 
 # -- Tensors -----------------------------------------------------------------------------------------------------------
@@ -372,7 +335,7 @@ def _varies(std: float) -> bool:
 
 
 @contextmanager
-def _trainable(layers: Collection[_Layer]) -> Iterator[None]:
+def _trainable(layers: Collection[Layer]) -> Iterator[None]:
     """Frozen weights, too, have a gradient."""
     frozen = [weight for weight, _ in (layer.parameters() for layer in layers) if not weight.requires_grad]
     for weight in frozen:
