@@ -140,6 +140,19 @@ def test_chains_and_strides() -> None:
         )
 
 
+@pytest.mark.parametrize("initialize", INITIALIZERS)
+@pytest.mark.parametrize("downsample", [None, ("stride", 2), ("avg", 2)])
+def test_a_fused_layer_is_as_its_plain_modules(initialize: Callable[..., InitReport], downsample: Any) -> None:
+    layer = ConvBNReLU2d(3, 6, 3, padding="same", padding_mode="reflect", bias=True, downsample=downsample).double()
+    if downsample == ("stride", 2):
+        layer.conv.padding = 1
+    plain = copy.deepcopy(nn.Sequential(*layer.to_modules()))
+    for model in (layer, plain):
+        initialize(model, images(), tolerance=1e-9, generator=generator())
+    torch.testing.assert_close(layer.conv.weight, plain[0].weight, **EXACT)
+    torch.testing.assert_close(layer.conv.bias, plain[0].bias, **EXACT)
+
+
 @pytest.mark.parametrize("name", ["resnet", "vgg", "timm", "functional"])
 def test_fused_models_of_others(name: str) -> None:
     model = fuse_models.build(name)

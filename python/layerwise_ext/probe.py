@@ -36,9 +36,6 @@ __all__ = [
 Batches = Iterable[tuple[Tensor, Tensor]]
 Visit = Callable[[int, Tensor], None]
 
-# Of the variance of a constant over its square, with room to spare; that of float32 features starts at 1e-14.
-_ROUNDING = 1e-24
-
 
 # -- Separability ------------------------------------------------------------------------------------------------------
 
@@ -167,7 +164,7 @@ def separability(
 class _Scatter:
     """Sums over the samples of one layer, in float64, with K classes and D features.
 
-    The sums of products are of features minus the first batch's mean: a large mean does not cancel.
+    The sums of products are of features minus the first batch's mean, so that a large mean costs no digits.
     """
 
     def __init__(self, first: Tensor) -> None:
@@ -200,8 +197,8 @@ class _Scatter:
         mean, share = self.sums.sum(0) / n, self.counts / n
         covariance = self.gram / n - mean.outer(mean)
         variance = covariance.diagonal().clone()
-        varies = variance > _ROUNDING * (self.shift + mean).square()
-        std = torch.where(varies, variance.clamp_min(0).sqrt(), 1)
+        # That of a constant is exactly 0: it differs from the shift by a few units in the last place, if at all.
+        std = torch.where(variance > 0, variance.clamp_min(0).sqrt(), 1)
         correlation = covariance / std.outer(std)
         correlation.diagonal().add_(ridge)
         with_target = (self.sums / n - share.outer(mean)) / std  # [K, D]
