@@ -241,6 +241,7 @@ def test_refusals_of_separability() -> None:
         (TypeError, "target has dtype torch.float32", (staged, [(data[0][0], torch.ones(16))]), {}),
         (ValueError, r"target has shape \(3,\); allowed: \(16,\)", (staged, [(data[0][0], torch.arange(3))]), {}),
         (ValueError, "target holds -9; allowed: class indices from 0", (staged, [(data[0][0], data[0][1] - 9)]), {}),
+        (ValueError, "the output of 'stages.0' is not finite", (staged, [(data[0][0] * math.inf, data[0][1])]), {}),
         (RuntimeError, "loader gave no batches", (staged, []), {}),
         (RuntimeError, "an iterator is used up after one pass", (staged, iter(data)), {}),
     ]:  # fmt: skip

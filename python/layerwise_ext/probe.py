@@ -115,7 +115,7 @@ def separability(
     Raises:
         TypeError: ``model`` is neither of these; batches that are not pairs, targets that are not int64.
         ValueError: unknown ``layers``, or such as are not called exactly once per batch or give another shape; ``dim``
-            below 1; ``ridge`` not positive; a target below 0 or of another shape.
+            below 1; ``ridge`` not positive; a target below 0 or of another shape; outputs that are not finite.
         RuntimeError: a loader without batches.
     """
     points = _points(model, layers)
@@ -146,6 +146,9 @@ def separability(
         if samples == 0:
             raise RuntimeError("loader gave no batches; there is nothing to look at")
         found = cast("list[_Scatter]", scatters)
+        for name, scatter in zip(points.names, found, strict=True):
+            if not bool(scatter.gram.isfinite().all()):
+                raise ValueError(f"the output of {name!r} is not finite")
         probes = [scatter.probe(ridge) for scatter in found]
         correct = torch.zeros(len(probes), dtype=torch.int64, device=device)
         for images, target in _batches(loader if test_loader is None else test_loader):
