@@ -455,7 +455,8 @@ def _batches(loader: Batches) -> Iterator[tuple[Tensor, Tensor]]:
             raise ValueError(f"target has shape {tuple(target.shape)}; allowed: ({len(images)},), one class per sample")
         if bool((target < 0).any()):
             raise ValueError(f"target holds {int(target.min())}; allowed: class indices from 0")
-        yield images, target
+        if len(target):
+            yield images, target
 
 
 @contextmanager
