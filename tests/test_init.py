@@ -356,6 +356,17 @@ def test_layers_without_variance() -> None:
     assert all(p.isfinite().all() for p in broken.parameters())
 
 
+class Idle(nn.Module):
+    """Has a linear layer that is used without being called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.inner.weight
+
+
 @pytest.mark.parametrize("initialize", INITIALIZERS)
 def test_refusals(initialize: Callable[..., InitReport]) -> None:
     model, x = nn.Sequential(nn.Linear(3, 3), nn.Linear(4, 2)), torch.rand(4, 3)
@@ -375,6 +386,8 @@ def test_refusals(initialize: Callable[..., InitReport]) -> None:
         initialize(model, x[:0])
     with pytest.raises(ValueError, match="ReLU has no convolution or linear layer"):
         initialize(nn.ReLU(), x)
+    with pytest.raises(ValueError, match="Idle calls none of its convolutions and linear layers as modules"):
+        initialize(Idle(), x)
     with pytest.raises(ValueError, match="lazy module, '0'"):
         initialize(nn.Sequential(nn.LazyLinear(2)), x)
     with pytest.raises(ValueError, match="tolerance is 0; it must be positive"):

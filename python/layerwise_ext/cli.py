@@ -85,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--head", choices=HEADS, default="pooled_linear", help="the local loss of the stages")
     train.add_argument("--activation", choices=("relu", "leaky_relu"), default="relu")
     train.add_argument("--init", choices=INITS, default="default",
-                       help="initial weights: as usual, or from the first batch of images")  # fmt: skip
+                       help="initial weights: as usual, or from the first BATCH_SIZE images")  # fmt: skip
     train.add_argument("--epochs", type=_positive(int), default=10, help="in all; for greedy, per stage")
     train.add_argument("--batch-size", type=_positive(int), default=128)
     train.add_argument("--lr", type=_positive(float), default=5e-4)

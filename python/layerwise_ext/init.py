@@ -91,8 +91,8 @@ def lsuv_(
 
     Raises:
         TypeError: ``model`` is not a module, ``batch`` not a floating-point tensor.
-        ValueError: an empty batch, no layers, lazy modules that have not run, ``tolerance`` not positive, ``max_tries``
-            below 1. When the forward pass fails, the parameters are put back.
+        ValueError: an empty batch, no layers that are called, lazy modules that have not run, ``tolerance`` not
+            positive, ``max_tries`` below 1. When the forward pass fails, the parameters are put back.
     """
     layers, skipped = _layers(model, batch)
     if not tolerance > 0:
@@ -158,8 +158,8 @@ def data_dependent_(
 
     Raises:
         TypeError: ``model`` is not a module or gives no floating-point tensor, ``batch`` is not such a tensor.
-        ValueError: an empty batch, no layers, lazy modules that have not run, ``max_rounds`` below 0, ``tolerance`` not
-            positive, ``beta`` not finite. When the model fails, the parameters are put back.
+        ValueError: an empty batch, no layers that are called, lazy modules that have not run, ``max_rounds`` below 0,
+            ``tolerance`` not positive, ``beta`` not finite. When the model fails, the parameters are put back.
     """
     layers, skipped = _layers(model, batch)
     if not math.isfinite(beta):
@@ -294,6 +294,8 @@ def _visit(model: nn.Module, batch: Tensor, layers: list[Layer], visit: Callable
     finally:
         for handle in handles:
             handle.remove()
+    if not results:
+        raise ValueError(f"{type(model).__name__} calls none of its convolutions and linear layers as modules")
     return results
 
 
