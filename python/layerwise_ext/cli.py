@@ -85,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--head", choices=HEADS, default="pooled_linear", help="the local loss of the stages")
     train.add_argument("--activation", choices=("relu", "leaky_relu"), default="relu")
     train.add_argument("--init", choices=INITS, default="default",
-                       help="initial weights: as usual, or from the first BATCH_SIZE images")  # fmt: skip
+                       help="initial weights: as usual, or from BATCH_SIZE images")  # fmt: skip
     train.add_argument("--epochs", type=_positive(int), default=10, help="in all; for greedy, per stage")
     train.add_argument("--batch-size", type=_positive(int), default=128)
     train.add_argument("--lr", type=_positive(float), default=5e-4)
@@ -187,7 +187,8 @@ def _train(arguments: argparse.Namespace) -> int:
         )
         test_loader = data.MemoryLoader(test_split, min(512, len(test_split.labels)), normalization)
         model = _model(arguments, tuple(train_split.images.shape[1:]))
-        _initialize(arguments, model, loader.images[: arguments.batch_size])
+        step = len(train_split.labels) // arguments.batch_size  # files may be sorted by class
+        _initialize(arguments, model, normalization.apply(train_split.images[::step][: arguments.batch_size]))
     except (data.DataError, ValueError) as error:
         raise UsageError(str(error)) from error
     return _fit(arguments, output, settings, model, loader, test_loader)
