@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import layerwise_ext as lw
 import pytest
 import torch
 from layerwise_ext import checkpoint, cli, data, models
@@ -107,6 +108,67 @@ def test_schedules_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "downsampling is '1,,2'; allowed: standard, accelerated, or units such as 1,3,4,5" in message
     message = refused(capsys, *TINY, "--model", "resnet19", "--output", output)
     assert "model is 'resnet19'; allowed: vgg8b" in message and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("init", [init for init in cli.INITS if init != "default"])
+def test_initialisation_from_data(tmp_path: Path, init: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--init", init, "--epochs", "1", "--lr", "1e-30", "--optimizer", "sgd"]
+    assert train(tmp_path / "run", *options) == 0
+    loaded = data.load("digits")
+    images = data.Normalization.of(loaded.images[:320]).apply(loaded.images[:320:5])
+    model = models.vgg([8, "M", 8], in_channels=1, image_size=(8, 8), seed=7)
+    initialize = lw.init.lsuv_ if init == "lsuv" else lw.init.data_dependent_
+    initialize(model, images, generator=torch.Generator().manual_seed(0))
+    for name, value in model.backbone_state_dict().items():
+        if name.endswith(("conv.weight", "conv.bias")):
+            torch.testing.assert_close(weights(tmp_path / "run")[name], value, rtol=1e-4, atol=1e-5)
+    assert "--init is 'default', but the run in" in refused(
+        capsys, *TINY, "--output", str(tmp_path / "run"), "--lr", "1e-30", "--optimizer", "sgd", "--resume"
+    )
+
+
+def test_probe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert train(run, "--epochs", "2", "--lr", "0.01") == 0
+    capsys.readouterr()
+    assert cli.main(["probe", str(run)]) == 0
+    table = capsys.readouterr().out
+    assert "probe accuracy" in table and "320 training images, 360 test images" in table
+    rows = list(csv.DictReader((run / "separability.csv").open()))
+    assert [row["layer"] for row in rows] == ["stages.0", "stages.1", "stages.2"]
+    assert all(float(row["accuracy"]) > 0.8 for row in rows)
+
+    # The same by hand; backbone.pt has the network without the local heads.
+    parts = [data.load("digits", split=split) for split in ("train", "test")]
+    parts[0] = data.Split(*(part[:320] for part in parts[0]))
+    normalization = data.Normalization.of(parts[0].images)
+    model = models.vgg([8, "M", 8], in_channels=1, image_size=(8, 8))
+    model.backbone().load_state_dict(weights(run))
+    loaders = [data.MemoryLoader(part, 100, normalization) for part in parts]
+    found = lw.probe.separability(model, *loaders, dim=64)
+    output = tmp_path / "table.csv"
+    assert cli.main(["probe", str(run / "backbone.pt"), "--dim", "64", "--output", str(output)]) == 0
+    for row, expected in zip(csv.DictReader(output.open()), found.layers, strict=True):
+        assert float(row["accuracy"]) == expected.accuracy
+        assert float(row["fisher_ratio"]) == pytest.approx(expected.fisher_ratio, rel=1e-4)
+        assert float(row["cosine_gap"]) == pytest.approx(expected.cosine_gap, rel=1e-4)
+    assert cli.main(["probe", str(run), "--limit-train", "50", "--output", str(output)]) == 0
+    assert "50 training images" in capsys.readouterr().out
+
+
+def test_refusals_of_probe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert "config.json: cannot be read (No such file or directory)" in refused(capsys, "probe", str(run / "a.pt"))
+    assert train(run, "--epochs", "1") == 0
+    assert "metrics.csv cannot be used" in refused(capsys, "probe", str(run / "metrics.csv"))
+    config = (run / "config.json").read_text()
+    (run / "config.json").write_text(config.replace('"8,M,8"', '"8,M,16"'))
+    assert "checkpoint.pt cannot be used" in refused(capsys, "probe", str(run))
+    (run / "config.json").write_text("[1]")
+    assert "config.json is not a JSON object" in refused(capsys, "probe", str(run))
+    (run / "config.json").write_text(config)
+    assert "--device is 'banana'" in refused(capsys, "probe", str(run), "--device", "banana")
+    assert not (run / "separability.csv").exists()
 
 
 def test_the_names_are_those_of_the_package() -> None:

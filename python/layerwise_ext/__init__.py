@@ -7,7 +7,8 @@
     loss.backward()
 
 See :mod:`layerwise_ext.nn` (layers), :mod:`layerwise_ext.functional` (operators), :mod:`layerwise_ext.models`,
-:mod:`layerwise_ext.train` (trainers) and :mod:`layerwise_ext.data`.
+:mod:`layerwise_ext.init`, :mod:`layerwise_ext.probe`, :mod:`layerwise_ext.train` (trainers) and
+:mod:`layerwise_ext.data`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 __version__ = "0.1.0"
 
 from layerwise_ext import _flops as _flops
-from layerwise_ext import autotune, functional, models, nn, train
+from layerwise_ext import autotune, functional, init, models, nn, probe, train
 from layerwise_ext._ops import cache_limit, cached_bytes, empty_cache, set_cache_limit
 from layerwise_ext.fuse import FuseReport, fuse_, unfuse_
 
@@ -28,8 +29,10 @@ __all__ = [
     "empty_cache",
     "functional",
     "fuse_",
+    "init",
     "models",
     "nn",
+    "probe",
     "set_cache_limit",
     "train",
     "unfuse_",

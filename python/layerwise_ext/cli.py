@@ -1,4 +1,4 @@
-"""The command ``layerwise-ext``: demo, train, bench, info."""
+"""The command ``layerwise-ext``: demo, train, probe, bench, info."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # torch takes seconds to import; --help should not
     import torch
 
-    from layerwise_ext.data import Augment, Info, Normalization
+    from layerwise_ext.data import Augment, Info, Normalization, Split
     from layerwise_ext.models import StagedModel
     from layerwise_ext.train import Trainer
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 MODES = ("joint", "local", "greedy")
+INITS = ("default", "lsuv", "data_dependent")
 # Options of `train` that decide what is computed: a resumed run must have the same ones.
-DEFINING = ("data", "model", "width_multiplier", "downsampling", "head", "activation", "mode", "batch_size", "lr",
-            "optimizer", "dtype", "seed", "limit_train", "plain", "image_size", "augment", "cutout",
+DEFINING = ("data", "model", "width_multiplier", "downsampling", "head", "activation", "init", "mode", "batch_size",
+            "lr", "optimizer", "dtype", "seed", "limit_train", "plain", "image_size", "augment", "cutout",
             "classes_per_batch")  # fmt: skip
 # Of data.NAMES, which is not imported for --help.
 DATA = (
@@ -76,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="layerwise-ext",
         description="Layer-wise and joint training of convolutional networks with fused operators.",
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,train,bench,info}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,train,probe,bench,info}")
     defaults = argparse.ArgumentDefaultsHelpFormatter
 
     demo = commands.add_parser("demo", help="train on scikit-learn's digits in three ways, compare with plain PyTorch",
@@ -100,6 +101,8 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--mode", choices=MODES, default="local")
     train.add_argument("--head", choices=HEADS, default="pooled_linear", help="the local loss of the stages")
     train.add_argument("--activation", choices=("relu", "leaky_relu"), default="relu")
+    train.add_argument("--init", choices=INITS, default="default",
+                       help="initial weights: as usual, or from BATCH_SIZE images")  # fmt: skip
     train.add_argument("--epochs", type=_positive(int), default=10, help="in all; for greedy, per stage")
     train.add_argument("--batch-size", type=_positive(int), default=128)
     train.add_argument("--lr", type=_positive(float), default=5e-4)
@@ -119,6 +122,17 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--output", type=Path, help="run folder; default: runs/DATA-MODEL-MODE")
     train.add_argument("--resume", action="store_true", help="go on from the checkpoint in the run folder")
     train.set_defaults(run=_train)
+
+    probe = commands.add_parser("probe", help="how well each stage of a trained network separates the classes",
+                                formatter_class=defaults)  # fmt: skip
+    probe.add_argument("checkpoint", type=Path, help="run folder of `train`, or its checkpoint.pt or backbone.pt")
+    probe.add_argument("--data-dir", type=Path, help="folder of the data files; default: $LAYERWISE_DATA")
+    probe.add_argument("--limit-train", type=_positive(int), metavar="N", help="use the first N training images")
+    probe.add_argument("--dim", type=_positive(int), default=1024, help="features of a stage, after pooling")
+    probe.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
+    probe.add_argument("--threads", type=_positive(int), help="default: all cores")
+    probe.add_argument("--output", type=Path, help="table as CSV; default: separability.csv in the run folder")
+    probe.set_defaults(run=_probe)
 
     bench = commands.add_parser("bench", help="benchmark the training step of a stage", add_help=False)
     bench.set_defaults(run=_bench)
@@ -191,12 +205,7 @@ def _train(arguments: argparse.Namespace) -> int:
     _set_threads(arguments.threads)
     try:
         info = data.info(arguments.data, arguments.data_dir, image_size=arguments.image_size)
-        train_split, test_split = (
-            data.load(arguments.data, arguments.data_dir, split, image_size=arguments.image_size)
-            for split in ("train", "test")
-        )
-        if arguments.limit_train is not None:
-            train_split = data.Split(*(part[: arguments.limit_train] for part in train_split))
+        train_split, test_split = _splits(arguments)
         normalization = data.Normalization.of(train_split.images)
         loader = data.MemoryLoader(
             train_split,
@@ -210,6 +219,8 @@ def _train(arguments: argparse.Namespace) -> int:
         )
         test_loader = data.MemoryLoader(test_split, min(512, len(test_split.labels)), normalization)
         model = _model(arguments, tuple(train_split.images.shape[1:]), info.num_classes)
+        step = len(train_split.labels) // arguments.batch_size  # files may be sorted by class
+        _initialize(arguments, model, normalization.apply(train_split.images[::step][: arguments.batch_size]))
     except (data.DataError, ValueError) as error:
         raise UsageError(str(error)) from error
     return _fit(arguments, output, settings, model, loader, test_loader)
@@ -226,9 +237,23 @@ def _augment(arguments: argparse.Namespace, info: Info, normalization: Normaliza
     return data.standard_augment(info, **options)
 
 
+def _splits(arguments: argparse.Namespace) -> tuple[Split, Split]:
+    from layerwise_ext import data
+
+    train_split, test_split = (
+        data.load(arguments.data, arguments.data_dir, split, image_size=arguments.image_size)
+        for split in ("train", "test")
+    )
+    return _first(train_split, arguments.limit_train), test_split
+
+
+def _first(split: Split, count: int | None) -> Split:
+    return split if count is None else type(split)(*(part[:count] for part in split))
+
+
 def _run_name(arguments: argparse.Namespace) -> str:
     parts = [arguments.data, arguments.model.replace(",", "_"), arguments.mode]
-    for name, usual in (("head", "pooled_linear"), ("downsampling", "standard")):
+    for name, usual in (("head", "pooled_linear"), ("downsampling", "standard"), ("init", "default")):
         if getattr(arguments, name) != usual:
             parts.append(getattr(arguments, name).replace(",", "_"))
     if arguments.augment != "none":
@@ -293,6 +318,16 @@ def _model(arguments: argparse.Namespace, shape: tuple[int, ...], num_classes: i
         names = ", ".join([*models.VGG_CONFIGS, *models.RESNET_CONFIGS])
         raise ValueError(f"model is {config!r}; allowed: {names}, cnn, or widths and pools such as 32,M,64")
     return models.vgg(config, **options)
+
+
+def _initialize(arguments: argparse.Namespace, model: StagedModel, images: torch.Tensor) -> None:
+    import torch
+
+    from layerwise_ext import init
+
+    if arguments.init != "default":
+        initialize = init.lsuv_ if arguments.init == "lsuv" else init.data_dependent_
+        initialize(model, images, generator=torch.Generator().manual_seed(arguments.seed))
 
 
 def _trainer(arguments: argparse.Namespace, model: StagedModel) -> Trainer:
@@ -401,3 +436,70 @@ def _write_metrics(path: Path, history: list[dict[str, Any]]) -> None:
                 row = [record["train_loss"][i], record["train_accuracy"][i]]
                 row += [record["val_loss"][tested + i], record["val_accuracy"][tested + i], record["seconds"]]
                 writer.writerow([record["epoch"], stage, *row])
+
+
+# -- probe -------------------------------------------------------------------------------------------------------------
+
+
+def _probe(arguments: argparse.Namespace) -> int:
+    from layerwise_ext import data, probe
+
+    path: Path = arguments.checkpoint
+    folder, file = (path, path / "checkpoint.pt") if path.is_dir() else (path.parent, path)
+    settings = _settings_of(folder)
+    settings.data_dir = arguments.data_dir
+    device = _device(arguments.device)
+    _set_threads(arguments.threads)
+    try:
+        train_split, test_split = _splits(settings)
+        normalization = data.Normalization.of(train_split.images)  # as in training
+        train_split = _first(train_split, arguments.limit_train)
+        loaders = [data.MemoryLoader(s, min(512, len(s.labels)), normalization) for s in (train_split, test_split)]
+        info = data.info(settings.data, settings.data_dir, image_size=settings.image_size)
+        model = _model(settings, tuple(train_split.images.shape[1:]), info.num_classes)
+        _load(model, file)
+        found = probe.separability(model.to(device), *loaders, dim=arguments.dim)
+    except (data.DataError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    output = arguments.output or folder / "separability.csv"
+    _write_table(output, found.to_dict()["layers"])
+    print(found)
+    print(f"{found.samples} training images, {found.test_samples} test images; written to {output}")
+    return OK
+
+
+def _settings_of(folder: Path) -> argparse.Namespace:
+    """Options of `train` in a run folder; those that the run did not know yet have their defaults."""
+    config_path = folder / "config.json"
+    settings = build_parser().parse_args(["train"])
+    try:
+        vars(settings).update(json.loads(config_path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UsageError(f"{config_path}: cannot be read ({error.strerror}); name a run folder of train") from error
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{config_path} is not a JSON object ({error})") from error
+    return settings
+
+
+def _load(model: StagedModel, path: Path) -> None:
+    """Weights of a checkpoint of `train`, with the local heads or without."""
+    from layerwise_ext import checkpoint
+
+    try:
+        state = checkpoint.load(path)
+        if "stages" not in state:
+            model.backbone().load_state_dict(state)
+            return
+        for stage, stage_state in zip(model, state["stages"], strict=True):
+            stage.load_state_dict(stage_state)
+    except Exception as error:  # torch.load has no error type of its own for a damaged file
+        raise UsageError(f"{path} cannot be used ({error})") from error
+
+
+def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    from layerwise_ext import checkpoint
+
+    with checkpoint.replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

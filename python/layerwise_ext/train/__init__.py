@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from layerwise_ext.train.autoencoder import AutoencoderPretrainer
 from layerwise_ext.train.common import Record, StepResult, Trainer
 from layerwise_ext.train.greedy import GreedyTrainer
 from layerwise_ext.train.joint import JointTrainer
 from layerwise_ext.train.local import LocalTrainer
 
-__all__ = ["GreedyTrainer", "JointTrainer", "LocalTrainer", "Record", "StepResult", "Trainer"]
+__all__ = ["AutoencoderPretrainer", "GreedyTrainer", "JointTrainer", "LocalTrainer", "Record", "StepResult", "Trainer"]
