@@ -288,6 +288,20 @@ def test_readme_table_of_networks(complete, tmp_path):
     assert "| resnet18, 2 x 32x32: inference, `fuse_` | fp32 | 1.0 | 3.00x | 3.00x |  |" in lines
 
 
+def test_table_of_library_models(complete, tmp_path):
+    assert "No results" in readme_table.library_models(tmp_path)
+    head = {key: complete[key] for key in ("machine", "versions", "commit", "date", "settings")}
+    head["versions"]["torchvision"] = "0.1"
+    entry = {"same_state": {"loss": [1e-14, 3e-14, 2e-14], "outputs": [0.0, 0.0, 0.0]}, "evaluation": 4e-15}
+    models = [entry | {"model": name, "parting": {"fused": 0.05, "control": 0.02}} for name in ("b", "a")]
+    harness.write_json(tmp_path / "library_models-cpu.json", head | {"models": models})
+    lines = readme_table.library_models(tmp_path).splitlines()
+    assert lines[0] == "| model | loss | outputs | evaluation | curve | control's curve |"
+    assert [line[:4] for line in lines[2:4]] == ["| a ", "| b "]
+    assert lines[2] == "| a | 3.0e-14 | 0.0e+00 | 4.0e-15 | 5.0e-02 | 2.0e-02 |"
+    assert lines[-1].startswith("torchvision 0.1; ")
+
+
 def test_readme_without_markers(tmp_path, capsys):
     readme = tmp_path / "README.md"
     readme.write_text("# Title\n")
