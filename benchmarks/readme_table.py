@@ -1,7 +1,7 @@
-"""Writes the measured tables of the README from benchmarks/results, so that no number there is typed by hand.
+"""Writes the measured tables of README.md and docs/fuse.md from benchmarks/results: no number there is typed by hand.
 
-`python benchmarks/readme_table.py` rewrites README.md between its markers; with `--check` it changes nothing and fails
-if README.md does not say what the results say.
+`python benchmarks/readme_table.py` rewrites both between their markers; with `--check` it changes nothing and fails if
+one of them does not say what the results say.
 """
 
 from __future__ import annotations
@@ -166,45 +166,68 @@ def _model_rows(result: dict[str, Any]) -> Iterator[list[str]]:
         yield [what, entry["dtype"], *_numbers(ms["fuse_"], ms["eager channels_last"], ms["compile"], None)]
 
 
-# -- The README --------------------------------------------------------------------------------------------------------
+# -- Models of libraries -----------------------------------------------------------------------------------------------
+
+LIBRARIES = ("torchvision", "timm")
+
+
+def library_models(results: Path) -> str:
+    """Markdown for the complete result of library_models.py."""
+    path = results / "library_models-cpu.json"
+    result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if result is None or not result["settings"]["complete"]:
+        return "No results are recorded; `python benchmarks/library_models.py` makes them."
+    quantities = list(result["models"][0]["same_state"])
+    header = ["model", *(key.replace("_", " ") for key in quantities), "evaluation", "curve", "control's curve"]
+    lines = [_line(header), _line(["---", *["---:"] * (len(header) - 1)])]
+    for entry in sorted(result["models"], key=lambda entry: entry["model"]):
+        largest = [max(entry["same_state"][key]) for key in quantities]
+        values = [*largest, entry["evaluation"], entry["parting"]["fused"], entry["parting"]["control"]]
+        lines.append(_line([entry["model"], *(f"{value:.1e}" for value in values)]))
+    libraries = " and ".join(f"{key} {result['versions'][key]}" for key in LIBRARIES if key in result["versions"])
+    return "\n".join([*lines, "", f"{libraries}; {_origin(result)}"])
+
+
+# -- The pages ---------------------------------------------------------------------------------------------------------
 
 BLOCKS = {"bench_stage": tables, "networks": networks}
+PAGES = {REPOSITORY / "README.md": BLOCKS, REPOSITORY / "docs" / "fuse.md": {"library_models": library_models}}
 
 
-def updated(readme: str, blocks: dict[str, str]) -> str:
-    """The README's text with everything between the markers of each block replaced."""
+def updated(page: str, blocks: dict[str, str]) -> str:
+    """The page's text with everything between the markers of each block replaced."""
     for name, table in blocks.items():
         begin, end = (f"<!-- {name}:{place} -->" for place in ("begin", "end"))
-        if readme.count(begin) != 1 or readme.count(end) != 1 or readme.index(begin) > readme.index(end):
-            raise ValueError(f"the README must have the lines {begin} and {end} once each, in this order")
-        before, _, rest = readme.partition(begin)
+        if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
+            raise ValueError(f"the page must have the lines {begin} and {end} once each, in this order")
+        before, _, rest = page.partition(begin)
         after = rest.partition(end)[2]
-        readme = f"{before}{begin}\n{table}\n{end}{after}"
-    return readme
+        page = f"{before}{begin}\n{table}\n{end}{after}"
+    return page
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Writes the measured tables of the README from benchmarks/results.")
-    parser.add_argument("--check", action="store_true", help="change nothing, fail if the README is out of date")
-    parser.add_argument("--readme", type=Path, default=REPOSITORY / "README.md")
+    parser = argparse.ArgumentParser(description="Writes the measured tables of README.md and docs/fuse.md.")
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if a page is out of date")
+    parser.add_argument("--readme", type=Path, help="write this README alone")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
-    old = arguments.readme.read_text(encoding="utf-8")
-    try:
-        new = updated(old, {name: text(arguments.results) for name, text in BLOCKS.items()})
-    except ValueError as error:
-        print(f"error: {arguments.readme.name}: {error}", file=sys.stderr)
-        return 1
-    if new == old:
-        return 0
-    if arguments.check:
-        print(
-            f"error: {arguments.readme.name} is not what the results say; run python benchmarks/readme_table.py",
-            file=sys.stderr,
-        )
-        return 1
-    arguments.readme.write_text(new, encoding="utf-8")
-    return 0
+    pages = PAGES if arguments.readme is None else {arguments.readme: BLOCKS}
+    failed = False
+    for page, blocks in pages.items():
+        old = page.read_text(encoding="utf-8")
+        try:
+            new = updated(old, {name: text(arguments.results) for name, text in blocks.items()})
+        except ValueError as error:
+            print(f"error: {page.name}: {error}", file=sys.stderr)
+            failed = True
+            continue
+        if new != old and arguments.check:
+            print(f"error: {page.name} is not what the results say; run benchmarks/readme_table.py", file=sys.stderr)
+            failed = True
+        elif new != old:
+            page.write_text(new, encoding="utf-8")
+    return int(failed)
 
 
 if __name__ == "__main__":
