@@ -255,12 +255,12 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(bool overwrite, Tensor z, Optio
     grad_weight = own_weight_gradient(formed, true, input, conv_weight, kernel);
     needs_weight = false;
   }
-  const bool product =
-      plain && is_dense(dz, Layout::kChannelsLast) && is_product(input, conv_weight, stride, padding, groups);
   std::optional<Tensor> grad_input;
-  if (needs_input && plain && !product) grad_input = own_input_gradient(dz, input, conv_weight, kernel);
+  if (needs_input && plain) grad_input = own_input_gradient(dz, input, conv_weight, kernel);
   if (needs_weight || (needs_input && !grad_input.has_value())) {
     const bool of_input = needs_input && !grad_input.has_value();
+    const bool product =
+        plain && is_dense(dz, Layout::kChannelsLast) && is_product(input, conv_weight, stride, padding, groups);
     const auto [other_input, other_weight] = product ? product_gradients(dz, input, conv_weight, of_input, needs_weight)
                                                      : convolution_gradients(dz, input, conv_weight, stride, padding,
                                                                              dilation, groups, of_input, needs_weight);

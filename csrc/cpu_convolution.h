@@ -153,7 +153,8 @@ inline std::pair<Tensor, Statistics> convolve(const Tensor& input, const Tensor&
   if (const OptionalTensor z = dot_convolution(input, conv_weight, s, stride, padding, dilation, groups))
     return {*z, needs_statistics ? batch_statistics(*z, Layout::kChannelsLast) : Statistics{}};
   const Tensor w = weight_as(conv_weight, input.scalar_type());
-  if (is_product(input, w, stride, padding, groups)) {
+  const bool own = has_own_convolution(input, w, s, stride, padding, dilation, groups);
+  if (!own && is_product(input, w, stride, padding, groups)) {
     const Tensor z = allocate_map(input, s, Layout::kChannelsLast);
     Tensor pixels = pixels_of(z);
     product_into(pixels, pixels_of(input), channels_of(w, false));
@@ -163,7 +164,6 @@ inline std::pair<Tensor, Statistics> convolve(const Tensor& input, const Tensor&
   Statistics statistics;
   OptionalTensor z;
   cpu::BatchStatistics batch(s.c);
-  const bool own = has_own_convolution(input, w, s, stride, padding, dilation, groups);
   if (own) {
     z = allocate_map(input, s, Layout::kChannelsLast);
     own_convolution(input, w.const_data_ptr(), strides_of(w), window_of(w, stride, padding, dilation), *z,
