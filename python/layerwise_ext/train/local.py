@@ -25,18 +25,25 @@ class LocalTrainer(Trainer):
                 raise ValueError(f"stages[{index}] has detach=False; local training needs detach=True")
 
     def _step(self, x: Tensor, target: Tensor) -> StepResult:
-        losses, logits, images = [], [], x
+        return self._pass(x, target, x)[1]
+
+    def _pass(self, x: Tensor, target: Tensor, images: Tensor | None) -> tuple[Tensor, StepResult]:
+        """A step on the first stage's inputs ``x`` and the network's ``images``; with the last stage's features."""
+        losses, logits = [], []
         for stage, optimizer in zip(self.stages, self.optimizers, strict=True):
             with self._autocast():
                 output = stage(x, target, images)
-            output.loss.backward()
+            self._backward(output.loss)
             optimizer.step()
             # Dropping the gradients at once keeps those of one stage only in memory.
             optimizer.zero_grad(set_to_none=True)
             x = output.features
             losses.append(output.loss.detach())
             logits.append(None if output.logits is None else output.logits.detach())
-        return step_result(losses, logits, target)
+        return x, step_result(losses, logits, target)
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
 
     def _parameter_groups(self) -> list[list[nn.Parameter]]:
         return [list(stage.parameters()) for stage in self.stages]
