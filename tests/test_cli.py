@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from layerwise_ext import checkpoint, cli, models
+from layerwise_ext import checkpoint, cli, demo, models
 
 TINY = [
     "train",
@@ -43,7 +43,7 @@ def same(first: Path, second: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("mode", cli.MODES)
+@pytest.mark.parametrize("mode", ["joint", "local", "greedy"])
 def test_train_and_resume_equal_one_run(tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(tmp_path / "whole", "--mode", mode, "--epochs", "2") == 0
     assert "test accuracy 0." in capsys.readouterr().out
@@ -55,6 +55,20 @@ def test_train_and_resume_equal_one_run(tmp_path: Path, mode: str, capsys: pytes
     assert {row["epoch"] for row in rows} >= {"1", "2"}
     assert all(0 <= float(row["test_accuracy"]) <= 1 for row in rows)
     assert not list(tmp_path.glob("*/.*.tmp"))
+
+
+def test_decoupled_training_equals_local_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(tmp_path / "local", "--epochs", "2", "--threads", "1") == 0
+    decoupled = ["--mode", "decoupled", "--workers", "2", "--threads", "1"]
+    assert train(tmp_path / "decoupled", *decoupled, "--epochs", "2") == 0
+    assert same(tmp_path / "local", tmp_path / "decoupled")
+    command = [*TINY, "--output", str(tmp_path / "decoupled"), "--mode", "decoupled", "--resume"]
+    assert "--workers is 3, but the run in" in refused(capsys, *command, "--workers", "3")
+    assert "--workers is for --mode decoupled; leave it out" in refused(capsys, *TINY, "--workers", "2")
+    assert "--buffer is for --mode decoupled --asynchronous" in refused(capsys, *command, "--buffer", "2")
+    assert "workers is 9; allowed: 1 to 3" in refused(
+        capsys, *TINY, "--output", str(tmp_path / "new"), "--mode", "decoupled", "--workers", "9"
+    )
 
 
 def test_plain_layers_train_alike(tmp_path: Path) -> None:
@@ -207,7 +221,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["demo", "--quick", "--output", str(tmp_path)]) == 0
     table = capsys.readouterr().out
     assert [line.split()[:2] for line in table.splitlines()[2:8]] == [
-        [mode, layers] for mode in cli.MODES for layers in ("fused", "plain")
+        [mode, layers] for mode in demo.MODES for layers in ("fused", "plain")
     ]
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((tmp_path / "demo.json").read_text())["results"]

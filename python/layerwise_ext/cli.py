@@ -22,10 +22,10 @@ if TYPE_CHECKING:  # torch takes seconds to import; --help should not
     from layerwise_ext.train import Trainer
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
-MODES = ("joint", "local", "greedy")
+MODES = ("joint", "local", "greedy", "decoupled")
 # Options of `train` that decide what is computed: a resumed run must have the same ones.
 DEFINING = ("data", "model", "width_multiplier", "downsampling", "head", "activation", "mode", "batch_size", "lr",
-            "optimizer", "dtype", "seed", "limit_train", "plain")  # fmt: skip
+            "optimizer", "dtype", "seed", "limit_train", "plain", "workers", "asynchronous", "buffer")  # fmt: skip
 # Of models.vgg, which is not imported for --help.
 HEADS = (
     "pooled_linear",
@@ -92,6 +92,9 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--threads", type=_positive(int), help="default: all cores")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--limit-train", type=_positive(int), metavar="N", help="use the first N training images")
+    train.add_argument("--workers", type=_positive(int), metavar="K", help="processes of --mode decoupled; default: 2")
+    train.add_argument("--asynchronous", action="store_true", default=None, help="for decoupled: from replay buffers")
+    train.add_argument("--buffer", type=_positive(int), metavar="N", help="batches in such a buffer; default: 16")
     train.add_argument("--plain", action="store_true", help="plain PyTorch layers instead of the fused ones")
     train.add_argument("--output", type=Path, help="run folder; default: runs/DATA-MODEL-MODE")
     train.add_argument("--resume", action="store_true", help="go on from the checkpoint in the run folder")
@@ -160,6 +163,15 @@ def _train(arguments: argparse.Namespace) -> int:
 
     if arguments.mode == "joint" and arguments.head != "pooled_linear":
         raise UsageError(f"--head is {arguments.head!r}, but --mode joint has no local losses; leave it out")
+    for name, mode, needed in (
+        ("workers", arguments.mode, "decoupled"),
+        ("asynchronous", arguments.mode, "decoupled"),
+        ("buffer", arguments.asynchronous, True),
+    ):
+        if getattr(arguments, name) is not None and mode != needed:
+            raise UsageError(
+                f"--{name} is for --mode decoupled{' --asynchronous' if name == 'buffer' else ''}; leave it out"
+            )
     output = arguments.output or Path("runs") / _run_name(arguments)
     settings = {name: getattr(arguments, name) for name in DEFINING}
     _check_run_folder(output, settings, arguments.resume)
@@ -252,7 +264,17 @@ def _trainer(arguments: argparse.Namespace, model: StagedModel) -> Trainer:
         "adam": lambda parameters: torch.optim.Adam(parameters, lr=arguments.lr),
         "sgd": lambda parameters: torch.optim.SGD(parameters, lr=arguments.lr, momentum=0.9),
     }
-    kinds = {"joint": train.JointTrainer, "local": train.LocalTrainer, "greedy": train.GreedyTrainer}
+    kinds = {
+        "joint": train.JointTrainer,
+        "local": train.LocalTrainer,
+        "greedy": train.GreedyTrainer,
+        "decoupled": train.DecoupledTrainer,
+    }
+    options: dict[str, Any] = {}
+    if arguments.mode == "decoupled":
+        options = {"workers": arguments.workers or 2, "asynchronous": bool(arguments.asynchronous)}
+        if arguments.buffer is not None:
+            options["buffer"] = arguments.buffer
     try:
         return kinds[arguments.mode](
             model,
@@ -261,6 +283,7 @@ def _trainer(arguments: argparse.Namespace, model: StagedModel) -> Trainer:
             autocast_dtype=torch.bfloat16 if arguments.dtype == "bfloat16" else None,
             seed=arguments.seed,
             cuda_graph=arguments.cuda_graph,
+            **options,
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
