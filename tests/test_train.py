@@ -169,9 +169,9 @@ def test_greedy_training_freezes_what_it_has_trained(cache: bool) -> None:
     modes: list[list[bool]] = []
     step = trainer.step
 
-    def recorded_step(x: torch.Tensor, target: torch.Tensor) -> Any:
+    def recorded_step(x: torch.Tensor, target: torch.Tensor, **options: Any) -> Any:
         modes.append([stage.training and stage.body.training for stage in model])
-        return step(x, target)
+        return step(x, target, **options)
 
     trainer.step = recorded_step  # type: ignore[method-assign]
     history = trainer.fit(loader(), 2, loader(), on_epoch_end=lambda *_: seen.append([snapshot(s) for s in model]))

@@ -1,15 +1,15 @@
-"""What all trainers share: the loop over epochs, metrics, evaluation, checkpoints."""
+"""What all trainers share: the loop over epochs, the step of an optimiser, checkpoints."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import math
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,48 +19,17 @@ from tqdm import tqdm
 from layerwise_ext import _graphs
 from layerwise_ext.nn import LocalStage
 from layerwise_ext.train import random_state
+from layerwise_ext.train.evaluation import Batches, Evaluator
+from layerwise_ext.train.metrics import Metrics, Record, StepResult, summary
 
 logger = logging.getLogger(__name__)
 
-# One epoch: "epoch" (from 1), "stages" (indices that the lists below are about), "train_loss", "train_accuracy", with a
-# val_loader also "val_loss" and "val_accuracy" (lists of floats), and "seconds" (training only).
-Record = dict[str, Any]
-Batches = Iterable[tuple[Tensor, Tensor]]
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler]
+T = TypeVar("T")
 
 # Seconds between two readings of the running loss for the progress bar; each one waits for the device.
 _PROGRESS_INTERVAL = 2.0
-
-
-class StepResult(NamedTuple):
-    """Of each trained stage, ``loss [S]`` and the number of ``correct [S]`` predictions (NaN where the head has no
-    classifier); tensors, not read back."""
-
-    loss: Tensor
-    correct: Tensor
-
-
-class Metrics:
-    """Loss and accuracy per stage over an epoch, accumulated on the device and read once."""
-
-    def __init__(self, stages: int, device: torch.device) -> None:
-        self._loss = torch.zeros(stages, dtype=torch.float64, device=device)
-        self._correct = torch.zeros(stages, dtype=torch.float64, device=device)
-        self.samples = 0
-
-    def update(self, result: StepResult, samples: int) -> None:
-        self._loss.add_(result.loss, alpha=samples)
-        self._correct.add_(result.correct)
-        self.samples += samples
-
-    def loss(self) -> list[float]:
-        """Mean per sample of each stage."""
-        return [value / self.samples for value in self._loss.tolist()]
-
-    def accuracy(self) -> list[float]:
-        """Between 0 and 1, of each stage; NaN where the head has no classifier."""
-        return [value / self.samples for value in self._correct.tolist()]
 
 
 def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -68,15 +37,16 @@ def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=5e-4)
 
 
-class Trainer(ABC):
+class Trainer(Evaluator):
     """Base class of the trainers; a subclass says which parameters share an optimiser and what a step is.
 
     Args:
         stages: a :class:`~layerwise_ext.models.StagedModel` or a list of :class:`~layerwise_ext.nn.LocalStage`; the
             last one's head is the network's output. They are trained in place.
-        optimizer: makes an optimiser from a list of parameters; called once per group of parameters that are updated
-            together.
-        scheduler: makes a learning-rate scheduler from an optimiser, or None; stepped once per epoch of that optimiser.
+        optimizer: makes an optimiser from a list of parameters, or a sequence of such functions; one for each group of
+            parameters that are updated together: all of them in joint training, those of a stage otherwise.
+        scheduler: makes a learning-rate scheduler from an optimiser, a sequence of such functions, one for each
+            optimiser, or None; stepped once per epoch of that optimiser.
         device: where the stages are moved and the batches are sent; None: where the stages are.
         autocast_dtype: torch.bfloat16 runs the forward passes under autocast; None: in the stages' own dtype.
         seed: of the trainer's own generator, which only shuffles cached data; None: torch's initial seed. Parameters
@@ -87,9 +57,15 @@ class Trainer(ABC):
             whole step, optimisers included (they are made ``capturable``), is captured at the fourth batch of one shape
             in a row, and again when a hyperparameter has changed; other batches, such as a last smaller one, run kernel
             by kernel. The stages must not wait for the device.
+        accumulate: number of batches to an update. The loss of each counts with its share of their samples, so that
+            losses that are means over samples have the gradient of one large batch; batch norm still normalises each
+            batch by itself. What is left at the end of an epoch is an update, too. The inputs of the batches to an
+            update are on the device together.
+        clip_norm: the largest 2-norm of the gradients of one optimiser; larger ones are scaled to it before the update.
 
     Raises:
-        ValueError: (``cuda_graph``) stages that are not on a CUDA device, or a batch norm with ``momentum=None``.
+        ValueError: an argument out of range; a sequence of another length than there are optimisers; (``cuda_graph``)
+            stages that are not on a CUDA device, a batch norm with ``momentum=None``, ``accumulate`` above 1.
 
     Attributes:
         epoch: number of finished epochs, over all stages.
@@ -99,20 +75,28 @@ class Trainer(ABC):
     def __init__(
         self,
         stages: Iterable[LocalStage],
-        optimizer: OptimizerFactory = adam,
+        optimizer: OptimizerFactory | Sequence[OptimizerFactory] = adam,
         *,
-        scheduler: SchedulerFactory | None = None,
+        scheduler: SchedulerFactory | Sequence[SchedulerFactory] | None = None,
         device: torch.device | str | None = None,
         autocast_dtype: torch.dtype | None = None,
         seed: int | None = None,
         progress: bool = True,
         channels_last: bool = True,
         cuda_graph: bool = False,
+        accumulate: int = 1,
+        clip_norm: float | None = None,
     ) -> None:
         self.stages = list(stages)
         self._check_stages()
         if autocast_dtype not in (None, torch.bfloat16):
             raise ValueError(f"autocast_dtype is {autocast_dtype}; allowed: torch.bfloat16, None")
+        if accumulate < 1:
+            raise ValueError(f"accumulate is {accumulate}; allowed: 1 or more batches")
+        if clip_norm is not None and not 0 < clip_norm < math.inf:
+            raise ValueError(f"clip_norm is {clip_norm}; allowed: a positive number, None")
+        if cuda_graph and accumulate > 1:
+            raise ValueError(f"cuda_graph=True needs accumulate=1, got {accumulate}: a graph is a whole update")
         if device is None:
             device = next(p.device for stage in self.stages for p in stage.parameters())
         self.device = torch.device(device)
@@ -122,16 +106,22 @@ class Trainer(ABC):
         self.autocast_dtype = autocast_dtype
         self.progress = progress
         self.channels_last = channels_last
+        self.accumulate = accumulate
+        self.clip_norm = clip_norm
         for stage in self.stages:
             stage.to(self.device)
             if channels_last:
                 stage.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
         groups = [[p for p in group if p.requires_grad] for group in self._parameter_groups()]
-        self.optimizers = [optimizer(group) for group in groups]
+        makers = _one_each("optimizer", optimizer, len(groups))
+        self.optimizers = [make(group) for make, group in zip(makers, groups, strict=True)]
         self._captured = _graphs.CapturedFunction(self._step, self._settings) if cuda_graph else None
         self._reset_capture()
-        self.schedulers = [scheduler(o) for o in self.optimizers] if scheduler is not None else []
+        self.schedulers: list[LRScheduler] = []
+        if scheduler is not None:
+            schedules = _one_each("scheduler", scheduler, len(groups))
+            self.schedulers = [make(o) for make, o in zip(schedules, self.optimizers, strict=True)]
         if any(isinstance(s, ReduceLROnPlateau) for s in self.schedulers):
             raise ValueError("scheduler is ReduceLROnPlateau, which needs a metric; use one that is stepped per epoch")
         self.epoch = 0
@@ -139,19 +129,34 @@ class Trainer(ABC):
         self._saved_random_state: dict[str, Any] | None = None
         self._loader: Any = None
 
-    def step(self, x: Tensor, target: Tensor) -> StepResult:
+    def step(self, x: Tensor, target: Tensor, *, weight: float = 1.0, update: bool = True) -> StepResult:
         """One training step on a batch that is already on the device; does not wait for the device.
 
-        ``x`` is a batch of images ``[N, C, H, W]`` (for :class:`GreedyTrainer`, of the current stage's inputs),
-        ``target`` ``[N]`` int64.
+        Args:
+            x: a batch of images ``[N, C, H, W]`` (for :class:`GreedyTrainer`, of the current stage's inputs).
+            target: ``[N]`` int64.
+            weight: of the losses, where the gradients of several batches are added up.
+            update: False leaves parameters as they are and adds the gradients to those of the next call.
         """
-        if self._captured is None:
-            return self._step(x, target)
+        if self._captured is None or weight != 1.0 or not update:
+            return self._step(x, target, weight, update)
         return StepResult(*(t.clone() for t in self._captured(x, target)))  # the graph overwrites its own
 
     @abstractmethod
-    def _step(self, x: Tensor, target: Tensor) -> StepResult:
+    def _step(self, x: Tensor, target: Tensor, weight: float = 1.0, update: bool = True) -> StepResult:
         """What :meth:`step` does, kernel by kernel."""
+
+    def _backward(self, loss: Tensor, weight: float) -> None:
+        (loss if weight == 1.0 else loss * weight).backward()
+
+    def _update(self, group: int) -> None:
+        """The step of one optimiser."""
+        optimizer = self.optimizers[group]
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], self.clip_norm)
+        optimizer.step()
+        # Dropping the gradients at once keeps those of one optimiser only in memory.
+        optimizer.zero_grad(set_to_none=True)
 
     def _settings(self) -> Any:
         """What is fixed in a captured step."""
@@ -167,10 +172,6 @@ class Trainer(ABC):
     @abstractmethod
     def _parameter_groups(self) -> list[list[nn.Parameter]]:
         """The parameters of each optimiser."""
-
-    @abstractmethod
-    def _reported(self) -> list[int]:
-        """Indices of the stages whose heads are evaluated, ascending."""
 
     def _trained(self) -> list[int]:
         """Indices of the stages that the results of :meth:`step` are about."""
@@ -242,7 +243,7 @@ class Trainer(ABC):
                 self.schedulers[group].step()
             self._count_epoch()
             self.history.append(record)
-            logger.info("epoch %d: %s", record["epoch"], _summary(record))
+            logger.info("epoch %d: %s", record["epoch"], summary(record))
             if on_epoch_end is not None:
                 on_epoch_end(self, record)
         return self.history
@@ -250,13 +251,15 @@ class Trainer(ABC):
     def _train_epoch(self, loader: Batches) -> Record:
         start = last_shown = time.perf_counter()
         self._set_training()
+        for optimizer in self.optimizers:  # those of an interrupted epoch
+            optimizer.zero_grad(set_to_none=True)
         batches, total = self._epoch_batches(loader)
         metrics = Metrics(len(self._trained()), self.device)
         with tqdm(
             total=total, desc=f"epoch {self.epoch + 1}", unit="batch", leave=False, disable=not self.progress
         ) as bar:
-            for images, target in self._on_device(batches):
-                metrics.update(self.step(images, target), len(target))
+            for result, samples in self._steps(batches):
+                metrics.update(result, samples)
                 bar.update()
                 now = time.perf_counter()
                 if self.progress and now - last_shown > _PROGRESS_INTERVAL:
@@ -276,69 +279,14 @@ class Trainer(ABC):
             "seconds": time.perf_counter() - start,
         }
 
-    def evaluate(self, loader: Batches) -> dict[str, Any]:
-        """Loss and accuracy in eval mode, without touching parameters or statistics.
-
-        Returns:
-            ``stages`` (indices of the heads that were evaluated), ``loss`` and ``accuracy`` (one float per such stage;
-            the mean over samples; an accuracy is NaN where the head has no classifier), ``final`` (accuracy of the
-            last of them) and ``samples``.
-        """
-        reported = self._reported()
-        metrics = Metrics(len(reported), self.device)
-        with self._eval_mode(), torch.inference_mode():
-            for images, target in self._on_device(loader):
-                metrics.update(self._score(images, target, reported), len(target))
-        if metrics.samples == 0:
-            raise RuntimeError("loader gave no batches; there is nothing to evaluate")
-        accuracy = metrics.accuracy()
-        return {
-            "stages": reported,
-            "loss": metrics.loss(),
-            "accuracy": accuracy,
-            "final": accuracy[-1],
-            "samples": metrics.samples,
-        }
-
-    def _score(self, x: Tensor, target: Tensor, reported: list[int]) -> StepResult:
-        losses, logits, images = [], [], x
-        with self._autocast():
-            for index, stage in enumerate(self.stages[: reported[-1] + 1]):
-                if index in reported:
-                    output = stage(x, target, images)
-                    losses.append(output.loss)
-                    logits.append(output.logits)
-                    x = output.features
-                else:
-                    x = stage.features(x)
-        return step_result(losses, logits, target)
-
-    @contextmanager
-    def _eval_mode(self) -> Iterator[None]:
-        training = [(module, module.training) for stage in self.stages for module in stage.modules()]
-        for stage in self.stages:
-            stage.eval()
-        try:
-            yield
-        finally:
-            for module, flag in training:
-                module.training = flag
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.autocast_dtype is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
-
-    def _on_device(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in batches:
-            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-                raise TypeError(f"the loader gave a {type(batch).__name__}; each batch must be a pair (images, target)")
-            images, target = batch
-            if self.channels_last and images.dim() == 4:
-                images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-            else:
-                images = images.to(self.device, non_blocking=True)
-            yield images, target.to(self.device, non_blocking=True)
+    def _steps(self, batches: Batches) -> Iterator[tuple[StepResult, int]]:
+        """Trains on all batches; what comes of each, and its number of samples."""
+        iterator = self._on_device(batches)
+        while group := list(itertools.islice(iterator, self.accumulate)):
+            samples = [len(target) for _, target in group]
+            for i, (images, target) in enumerate(group):
+                is_last = i == len(group) - 1
+                yield self.step(images, target, weight=samples[i] / sum(samples), update=is_last), samples[i]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that :meth:`load_state_dict` needs to go on as if :meth:`fit` had not stopped.
@@ -394,14 +342,13 @@ class Trainer(ABC):
         self._saved_random_state = state["random_state"]
 
 
-def step_result(losses: list[Tensor], logits: list[Tensor | None], target: Tensor) -> StepResult:
-    """Metrics of one batch from the loss and the logits ``[N, num_classes]`` of each stage."""
-    with torch.no_grad():
-        # A stage without logits predicts nothing: its row is not a number of samples.
-        hits = [None if t is None else t.argmax(dim=1).eq(target) for t in logits]
-        missing = torch.full_like(target, float("nan"), dtype=torch.float64)
-        correct = torch.stack([missing if t is None else t.double() for t in hits]).sum(dim=1)
-        return StepResult(torch.stack(losses).detach(), correct)
+def _one_each(name: str, factory: T | Sequence[T], count: int) -> list[T]:
+    """A factory for each optimiser."""
+    if not isinstance(factory, Sequence):
+        return [factory] * count
+    if len(factory) != count:
+        raise ValueError(f"{name} is a sequence of {len(factory)}; this trainer has {count} optimisers")
+    return list(factory)
 
 
 def length(loader: Batches) -> int | None:
@@ -410,9 +357,3 @@ def length(loader: Batches) -> int | None:
         return len(loader)  # type: ignore[arg-type]
     except TypeError:  # an iterable without a length, or a DataLoader over one
         return None
-
-
-def _summary(record: Record) -> str:
-    parts = [f"{name} {record[name][-1]:.4f}" for name in ("train_loss", "train_accuracy") if name in record]
-    parts += [f"{name} {record[name][-1]:.4f}" for name in ("val_loss", "val_accuracy") if name in record]
-    return ", ".join([*parts, f"{record['seconds']:.1f} s"])

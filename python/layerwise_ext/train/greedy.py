@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from layerwise_ext.train import random_state
-from layerwise_ext.train.common import Batches, StepResult, Trainer, length, step_result
+from layerwise_ext.train.common import Trainer, length
+from layerwise_ext.train.evaluation import Batches
 from layerwise_ext.train.feature_cache import FeatureCache
+from layerwise_ext.train.metrics import StepResult, step_result
 
 
 class GreedyTrainer(Trainer):
@@ -55,15 +57,14 @@ class GreedyTrainer(Trainer):
                     "frozen stages are kept; use a LocalTrainer, or another head behind the first stage"
                 )
 
-    def _step(self, x: Tensor, target: Tensor) -> StepResult:
+    def _step(self, x: Tensor, target: Tensor, weight: float = 1.0, update: bool = True) -> StepResult:
         """One step of the current stage on its inputs ``x``."""
-        optimizer = self.optimizers[self.stage]
         stage = self.stages[self.stage]
         with self._autocast():
             _, loss, logits = stage(x.detach(), target)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        self._backward(loss, weight)
+        if update:
+            self._update(self.stage)
         return step_result([loss], [logits], target)
 
     def _parameter_groups(self) -> list[list[nn.Parameter]]:

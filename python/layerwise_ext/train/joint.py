@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from layerwise_ext.train.common import StepResult, Trainer, step_result
+from layerwise_ext.train.common import Trainer
+from layerwise_ext.train.metrics import StepResult, step_result
 
 
 class JointTrainer(Trainer):
@@ -14,17 +15,16 @@ class JointTrainer(Trainer):
     arguments.
     """
 
-    def _step(self, x: Tensor, target: Tensor) -> StepResult:
-        (optimizer,) = self.optimizers
+    def _step(self, x: Tensor, target: Tensor, weight: float = 1.0, update: bool = True) -> StepResult:
         *hidden, last = self.stages
         with self._autocast():
             for stage in hidden:
                 x = stage.features(x)
             _, moments = last.moments(x)
             logits, loss = last.head(moments, target)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        self._backward(loss, weight)
+        if update:
+            self._update(0)
         return step_result([loss], [logits], target)
 
     def _parameter_groups(self) -> list[list[nn.Parameter]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from layerwise_ext.train.common import StepResult, Trainer, step_result
+from layerwise_ext.train.common import Trainer
+from layerwise_ext.train.metrics import StepResult, step_result
 
 
 class LocalTrainer(Trainer):
@@ -24,15 +25,14 @@ class LocalTrainer(Trainer):
             if not stage.detach:
                 raise ValueError(f"stages[{index}] has detach=False; local training needs detach=True")
 
-    def _step(self, x: Tensor, target: Tensor) -> StepResult:
+    def _step(self, x: Tensor, target: Tensor, weight: float = 1.0, update: bool = True) -> StepResult:
         losses, logits, images = [], [], x
-        for stage, optimizer in zip(self.stages, self.optimizers, strict=True):
+        for index, stage in enumerate(self.stages):
             with self._autocast():
                 output = stage(x, target, images)
-            output.loss.backward()
-            optimizer.step()
-            # Dropping the gradients at once keeps those of one stage only in memory.
-            optimizer.zero_grad(set_to_none=True)
+            self._backward(output.loss, weight)
+            if update:
+                self._update(index)
             x = output.features
             losses.append(output.loss.detach())
             logits.append(None if output.logits is None else output.logits.detach())
