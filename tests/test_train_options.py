@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from layerwise_ext.nn import LocalStage, PooledLinearHead
+import torch.nn.functional as F
+from layerwise_ext.nn import FunctionHead, LocalStage, PooledLinearHead
 from layerwise_ext.train import GreedyTrainer, JointTrainer, LocalTrainer, Trainer
-from test_train import TOLERANCE, TRAINERS, arrays, loader, network, sgd, snapshot, trainer_for
+from test_train import TOLERANCE, TRAINERS, arrays, loader, network, same, sgd, snapshot, trainer_for
 from torch import Tensor, nn
 
 
@@ -95,6 +97,78 @@ def test_each_stage_has_its_optimizer_and_its_schedule(kind: type[Trainer]) -> N
     assert all(torch.equal(frozen[name], after[name]) for name in frozen if "running" not in name and "num" not in name)
     before = network()
     assert not torch.equal(before[1].body.conv.weight, trainer.stages[1].body.conv.weight)
+
+
+# -- Predictions -------------------------------------------------------------------------------------------------------
+
+
+def logits_of_heads(model: Any, images: Tensor) -> list[Tensor]:
+    peer, logits = copy.deepcopy(model).eval(), []
+    for stage in peer:
+        output = stage.body(images)
+        logits.append(stage.head.to_modules()(output).detach())
+        images = output if stage.downsample is None else F.max_pool2d(output, 2)
+    return logits
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_predictions_are_those_of_the_last_head(kind: type[Trainer]) -> None:
+    model = network()
+    trainer = trainer_for(kind, model)
+    trainer.fit(loader(), 1)
+    before, modes = snapshot(model), [module.training for module in model.modules()]
+    images, target = arrays()
+    expected = logits_of_heads(model, images)[-1]
+    for data in (images, images.split(7), loader(batch_size=7)):
+        logits = trainer.predict(data)
+        torch.testing.assert_close(logits, expected, **TOLERANCE)
+        torch.testing.assert_close(trainer.predict(data, probabilities=True), expected.softmax(1), **TOLERANCE)
+    assert not logits.requires_grad and not logits.is_inference()
+    assert float((logits.argmax(1) == target).double().mean()) == trainer.evaluate(loader())["final"]
+    assert same(before, model.state_dict())
+    assert modes == [module.training for module in model.modules()]
+
+
+def test_greedy_training_predicts_with_the_stage_that_was_trained_last() -> None:
+    model = network()
+    trainer = trainer_for(GreedyTrainer, model)
+
+    def stop(trainer: Trainer, record: dict[str, Any]) -> None:
+        if trainer.epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(loader(), 1, on_epoch_end=stop)
+    torch.testing.assert_close(trainer.predict(arrays()[0]), logits_of_heads(model, arrays()[0])[1], **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", [GreedyTrainer, LocalTrainer])
+def test_the_ensemble_weighs_stage_n_with_2_to_the_n(kind: type[Trainer]) -> None:
+    model = network()
+    trainer = trainer_for(kind, model)
+    trainer.fit(loader(), 1)
+    images, target = arrays()
+    first, second, third = (logits.softmax(1) for logits in logits_of_heads(model, images))
+    expected = (first + 2 * second + 4 * third) / 7
+    torch.testing.assert_close(trainer.predict(images, probabilities=True, ensemble=True), expected, **TOLERANCE)
+    torch.testing.assert_close(trainer.predict(images, ensemble=True), expected.log(), **TOLERANCE)
+    scores = trainer.evaluate(loader(), ensemble=True)
+    assert scores["ensemble"] == float((expected.argmax(1) == target).double().mean())
+    assert "ensemble" not in trainer.evaluate(loader())
+
+
+def test_an_ensemble_is_of_the_heads_that_classify() -> None:
+    stages = smooth_stages()
+    stages[0].head = FunctionHead(lambda moments, target: moments.mean.square().mean())
+    trainer = trainer_for(LocalTrainer, stages)
+    images = arrays()[0]
+    torch.testing.assert_close(
+        trainer.predict(images, ensemble=True, probabilities=True), trainer.predict(images, probabilities=True)
+    )
+    with pytest.raises(ValueError, match=r"stages\[0\] predicts nothing: its head has no classifier"):
+        trainer_for(GreedyTrainer, stages).predict(images)
+    with pytest.raises(RuntimeError, match="data gave no batches"):
+        trainer.predict([])
 
 
 # -- Bad arguments -----------------------------------------------------------------------------------------------------

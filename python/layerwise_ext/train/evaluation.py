@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from layerwise_ext.nn import LocalStage
-from layerwise_ext.train.metrics import Metrics, StepResult, step_result
+from layerwise_ext.nn import LocalStage, StageOutput
+from layerwise_ext.train.metrics import Metrics, step_result
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -28,42 +29,85 @@ class Evaluator(ABC):
     def _reported(self) -> list[int]:
         """Indices of the stages whose heads are evaluated, ascending."""
 
-    def evaluate(self, loader: Batches) -> dict[str, Any]:
+    def evaluate(self, loader: Batches, *, ensemble: bool = False) -> dict[str, Any]:
         """Loss and accuracy in eval mode, without touching parameters or statistics.
+
+        Args:
+            loader: batches ``(images, target)``.
+            ensemble: whether to report the accuracy of all heads together, too: see :meth:`predict`.
 
         Returns:
             ``stages`` (indices of the heads that were evaluated), ``loss`` and ``accuracy`` (one float per such stage;
             the mean over samples; an accuracy is NaN where the head has no classifier), ``final`` (accuracy of the
-            last of them) and ``samples``.
+            last of them), ``samples`` and, when asked for, ``ensemble``.
         """
         reported = self._reported()
-        metrics = Metrics(len(reported), self.device)
+        metrics, together = Metrics(len(reported), self.device), Metrics(1, self.device)
         with self._eval_mode(), torch.inference_mode():
             for images, target in self._on_device(loader):
-                metrics.update(self._score(images, target, reported), len(target))
+                outputs = self._outputs(images, reported, target)
+                logits = [output.logits for output in outputs]
+                losses = [cast(Tensor, output.loss) for output in outputs]
+                metrics.update(step_result(losses, logits, target), len(target))
+                if ensemble:
+                    together.update(step_result(losses[-1:], [_ensemble(reported, logits)], target), len(target))
         if metrics.samples == 0:
             raise RuntimeError("loader gave no batches; there is nothing to evaluate")
         accuracy = metrics.accuracy()
-        return {
+        scores = {
             "stages": reported,
             "loss": metrics.loss(),
             "accuracy": accuracy,
             "final": accuracy[-1],
             "samples": metrics.samples,
         }
+        return {**scores, "ensemble": together.accuracy()[0]} if ensemble else scores
 
-    def _score(self, x: Tensor, target: Tensor, reported: list[int]) -> StepResult:
-        losses, logits, images = [], [], x
+    def predict(
+        self,
+        data: Tensor | Iterable[Tensor | tuple[Tensor, Tensor]],
+        *,
+        probabilities: bool = False,
+        ensemble: bool = False,
+    ) -> Tensor:
+        """What the network says about images, in eval mode, without touching parameters or statistics.
+
+        Args:
+            data: images ``[N, C, H, W]``, or batches of them, with or without targets.
+            probabilities: whether to return probabilities instead of logits.
+            ensemble: average the probabilities of all heads that :meth:`evaluate` reports and that classify, with the
+                weight ``2^n`` for stage n (Belilovsky et al. 2019, arXiv 1812.11446); the logits are their logarithm.
+
+        Returns:
+            ``[N, num_classes]``, on the trainer's device, of the last head; in greedy training of the stage that is
+            being trained or was trained last.
+
+        Raises:
+            ValueError: the head has no classifier.
+            RuntimeError: no batches.
+        """
+        reported = self._reported() if ensemble else self._reported()[-1:]
+        logits = []
+        with self._eval_mode(), torch.no_grad():
+            for batch in [data] if isinstance(data, Tensor) else data:
+                images = self._images_on_device(batch if isinstance(batch, Tensor) else batch[0])
+                outputs = [output.logits for output in self._outputs(images, reported)]
+                logits.append(_ensemble(reported, outputs))
+        if not logits:
+            raise RuntimeError("data gave no batches; there is nothing to predict")
+        return torch.cat(logits).softmax(1) if probabilities else torch.cat(logits)
+
+    def _outputs(self, x: Tensor, reported: list[int], target: Tensor | None = None) -> list[StageOutput]:
+        """Of each of these stages."""
+        outputs, images = [], x
         with self._autocast():
             for index, stage in enumerate(self.stages[: reported[-1] + 1]):
                 if index in reported:
-                    output = stage(x, target, images)
-                    losses.append(output.loss)
-                    logits.append(output.logits)
-                    x = output.features
+                    outputs.append(stage(x, target, images))
+                    x = outputs[-1].features
                 else:
                     x = stage.features(x)
-        return step_result(losses, logits, target)
+        return outputs
 
     @contextmanager
     def _eval_mode(self) -> Iterator[None]:
@@ -92,3 +136,17 @@ class Evaluator(ABC):
         if self.channels_last and images.dim() == 4:
             return images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
         return images.to(self.device, non_blocking=True)
+
+
+def _ensemble(stages: list[int], logits: list[Tensor | None]) -> Tensor:
+    """The logarithm of the mean of the heads' probabilities ``[N, num_classes]``, weighted with 2^n; the logits of the
+    only one."""
+    classifying = [(n, t) for n, t in zip(stages, logits, strict=True) if t is not None]
+    if not classifying:
+        raise ValueError(f"stages[{stages[-1]}] predicts nothing: its head has no classifier")
+    if len(stages) == 1:
+        return classifying[0][1]
+    last = classifying[-1][0]
+    weights = [2.0 ** (n - last) for n, _ in classifying]
+    terms = [t.log_softmax(1) + math.log(w / sum(weights)) for w, (_, t) in zip(weights, classifying, strict=True)]
+    return torch.stack(terms).logsumexp(0)
