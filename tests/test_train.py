@@ -244,8 +244,16 @@ def resumable(kind: type[Trainer], own_generator: bool, **options: Any) -> tuple
 def test_a_resumed_run_is_bit_identical(
     kind: type[Trainer], stop: int, options: dict[str, Any], own_generator: bool
 ) -> None:
+    second, _ = resume_after(kind, stop, own_generator, **options)
+    assert second.optimizers[-1].param_groups[0]["lr"] == pytest.approx(5e-3)
+
+
+def resume_after(
+    kind: type[Trainer], stop: int, own_generator: bool = False, epochs: int = 2, **options: Any
+) -> tuple[Trainer, Trainer]:
+    """Two trainers that end alike: one that went on from a checkpoint in a file, and one that was never stopped."""
     straight, data = resumable(kind, own_generator, **options)
-    expected = straight.fit(data, 2, loader())
+    expected = straight.fit(data, epochs, loader())
 
     class Stop(Exception):
         pass
@@ -259,14 +267,14 @@ def test_a_resumed_run_is_bit_identical(
 
     first, data = resumable(kind, own_generator, **options)
     with pytest.raises(Stop):
-        first.fit(data, 2, loader(), on_epoch_end=interrupt)
+        first.fit(data, epochs, loader(), on_epoch_end=interrupt)
 
     second, data = resumable(kind, own_generator, **options)
     torch.manual_seed(99)
     file.seek(0)
     second.load_state_dict(torch.load(file, weights_only=True))
     assert second.epoch == stop
-    history = second.fit(data, 2, loader())
+    history = second.fit(data, epochs, loader())
 
     def timeless(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
@@ -274,7 +282,7 @@ def test_a_resumed_run_is_bit_identical(
     assert timeless(history) == timeless(expected)
     for mine, theirs in zip(second.stages, straight.stages, strict=True):
         assert same(mine.state_dict(), theirs.state_dict())
-    assert second.optimizers[-1].param_groups[0]["lr"] == pytest.approx(5e-3)
+    return second, straight
 
 
 @pytest.mark.parametrize("kind", TRAINERS)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from layerwise_ext.train.common import Trainer
+from layerwise_ext.train.early_stopping import EarlyStopping
 from layerwise_ext.train.greedy import GreedyTrainer
 from layerwise_ext.train.joint import JointTrainer
 from layerwise_ext.train.local import LocalTrainer
 from layerwise_ext.train.metrics import Record, StepResult
 
-__all__ = ["GreedyTrainer", "JointTrainer", "LocalTrainer", "Record", "StepResult", "Trainer"]
+__all__ = ["EarlyStopping", "GreedyTrainer", "JointTrainer", "LocalTrainer", "Record", "StepResult", "Trainer"]

@@ -41,6 +41,11 @@ class Block:
         """Indices in the network of the stages whose heads are run."""
         return [self.start + i for i, weight in enumerate(self.weights) if weight > 0]
 
+    @property
+    def indices(self) -> list[int]:
+        """Of its stages in the network."""
+        return list(range(self.start, self.start + len(self.stages)))
+
     def parameters(self) -> list[nn.Parameter]:
         """What the loss depends on, each once."""
         parameters = [p for stage in self.stages for p in stage.body.parameters()]

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from layerwise_ext import _graphs
 from layerwise_ext.nn import LocalStage
 from layerwise_ext.train import random_state
+from layerwise_ext.train.early_stopping import EarlyStopping, Watch
 from layerwise_ext.train.evaluation import Batches, Evaluator
 from layerwise_ext.train.metrics import Metrics, Record, StepResult, summary
 
@@ -62,6 +63,8 @@ class Trainer(Evaluator):
             batch by itself. What is left at the end of an epoch is an update, too. The inputs of the batches to an
             update are on the device together.
         clip_norm: the largest 2-norm of the gradients of one optimiser; larger ones are scaled to it before the update.
+        early_stopping: when to stop before the last epoch, each optimiser's stages for themselves. Needs a
+            ``val_loader``.
 
     Raises:
         ValueError: an argument out of range; a sequence of another length than there are optimisers; (``cuda_graph``)
@@ -86,6 +89,7 @@ class Trainer(Evaluator):
         cuda_graph: bool = False,
         accumulate: int = 1,
         clip_norm: float | None = None,
+        early_stopping: EarlyStopping | None = None,
     ) -> None:
         self.stages = list(stages)
         self._check_stages()
@@ -124,6 +128,8 @@ class Trainer(Evaluator):
             self.schedulers = [make(o) for make, o in zip(schedules, self.optimizers, strict=True)]
         if any(isinstance(s, ReduceLROnPlateau) for s in self.schedulers):
             raise ValueError("scheduler is ReduceLROnPlateau, which needs a metric; use one that is stepped per epoch")
+        self.early_stopping = early_stopping
+        self._watches = [] if early_stopping is None else [Watch(early_stopping) for _ in groups]
         self.epoch = 0
         self.history: list[Record] = []
         self._saved_random_state: dict[str, Any] | None = None
@@ -177,18 +183,26 @@ class Trainer(Evaluator):
         """Indices of the stages that the results of :meth:`step` are about."""
         return self._reported()
 
+    @abstractmethod
+    def _stages_of(self, group: int) -> list[int]:
+        """Indices of the stages that an optimiser trains, ascending; the last one's metrics are those of all."""
+
     def _active_groups(self) -> list[int]:
         """Indices of the optimisers that the current epoch uses."""
-        return list(range(len(self.optimizers)))
+        return [group for group in range(len(self.optimizers)) if not self._has_stopped(group)]
+
+    def _has_stopped(self, group: int) -> bool:
+        return bool(self._watches) and self._watches[group].stopped
 
     def _set_training(self) -> None:
         """Put every stage into the mode in which :meth:`step` runs it."""
-        for stage in self.stages:
-            stage.train()
+        for group in range(len(self.optimizers)):
+            for index in self._stages_of(group):
+                self.stages[index].train(not self._has_stopped(group))
 
     def _next_epoch(self, epochs: int) -> bool:
         """Whether there is another epoch to train."""
-        return self.epoch < epochs
+        return self.epoch < epochs and bool(self._active_groups())
 
     def _epoch_batches(self, loader: Batches) -> tuple[Batches, int | None]:
         """What the current epoch trains on, and the number of batches if it is known."""
@@ -217,7 +231,7 @@ class Trainer(Evaluator):
         Args:
             loader: any iterable of ``(images, target)`` batches, iterated once per epoch.
             epochs: the total; :class:`GreedyTrainer` counts it for each stage.
-            val_loader: evaluated after each epoch.
+            val_loader: evaluated after each epoch; early stopping looks at it.
             on_epoch_end: called as ``on_epoch_end(trainer, record)`` with everything up to date, so that a checkpoint
                 of :meth:`state_dict` written there continues with the next epoch.
 
@@ -225,11 +239,14 @@ class Trainer(Evaluator):
             ``history``.
 
         Raises:
-            ValueError: ``epochs`` below 1.
+            ValueError: ``epochs`` below 1; early stopping without a ``val_loader``, or on the accuracy of a head
+                without a classifier.
             RuntimeError: the loader gave no batches.
         """
         if epochs < 1:
             raise ValueError(f"epochs is {epochs}; allowed: 1 or more, the total number")
+        if self.early_stopping is not None and val_loader is None:
+            raise ValueError(f"early_stopping looks at {self.early_stopping.metric}: val_loader must be given")
         self._loader = loader
         if self._saved_random_state is not None:
             random_state.restore(self._saved_random_state, loader, self.device)
@@ -239,6 +256,8 @@ class Trainer(Evaluator):
             if val_loader is not None:
                 scores = self.evaluate(val_loader)
                 record["val_loss"], record["val_accuracy"] = scores["loss"], scores["accuracy"]
+                if self.early_stopping is not None:
+                    self._stop_early(dict(zip(scores["stages"], record[self.early_stopping.metric], strict=True)))
             for group in self._active_groups() if self.schedulers else []:
                 self.schedulers[group].step()
             self._count_epoch()
@@ -247,6 +266,18 @@ class Trainer(Evaluator):
             if on_epoch_end is not None:
                 on_epoch_end(self, record)
         return self.history
+
+    def _stop_early(self, values: dict[int, float]) -> None:
+        """Judge the current epoch by the metric of each stage."""
+        for group in self._active_groups():
+            stages, watch = self._stages_of(group), self._watches[group]
+            value = values[stages[-1]]
+            if math.isnan(value) and watch.settings.metric == "val_accuracy":
+                raise ValueError(f"early_stopping: stages[{stages[-1]}] has no classifier, use metric='val_loss'")
+            watch.update(value, self.epoch + 1, [self.stages[index] for index in stages])
+            if watch.stopped:
+                best = "" if watch.best is None else f"; best in epoch {watch.best_epoch}: {watch.best:.4f}"
+                logger.info("epoch %d: training of stages %s ends%s", self.epoch + 1, stages, best)
 
     def _train_epoch(self, loader: Batches) -> Record:
         start = last_shown = time.perf_counter()
@@ -302,6 +333,7 @@ class Trainer(Evaluator):
             "stages": [stage.state_dict() for stage in self.stages],
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
+            "early_stopping": [watch.state_dict() for watch in self._watches],
             "generator": self.generator.get_state(),
             "random_state": self._random_state(),
         }
@@ -326,6 +358,9 @@ class Trainer(Evaluator):
             found, expected = len(state[name]), len(getattr(self, name))
             if found != expected:
                 raise ValueError(f"the state has {found} {name}; this trainer has {expected}")
+        if bool(state["early_stopping"]) != bool(self._watches):
+            with_or_without = "with" if state["early_stopping"] else "without"
+            raise ValueError(f"the state is of a trainer {with_or_without} early_stopping; this is another one")
         for stage, stage_state in zip(self.stages, state["stages"], strict=True):
             stage.load_state_dict(stage_state)
         # Optimisers keep the tensors they are given: without the copy, two trainers would share their moments.
@@ -336,6 +371,8 @@ class Trainer(Evaluator):
         self._reset_capture()
         for scheduler, scheduler_state in zip(self.schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(scheduler_state)
+        for watch, watch_state in zip(self._watches, state["early_stopping"], strict=True):
+            watch.load_state_dict(watch_state)
         self.generator.set_state(state["generator"])
         self.epoch = state["epoch"]
         self.history = copy.deepcopy(state["history"])

@@ -21,7 +21,8 @@ class GreedyTrainer(Trainer):
     Earlier stages are frozen: no gradient, eval mode, running statistics untouched. Their outputs are computed once per
     stage, in one pass over the loader, and kept on the device in the dtype they have; each epoch then trains on them in
     a new order, drawn from the trainer's generator, in batches of the loader's size. Random augmentation is therefore
-    drawn once per stage, for all stages but the first, which reads the loader in each epoch.
+    drawn once per stage, for all stages but the first, which reads the loader in each epoch. Where early stopping ends
+    a stage, the next one begins.
 
     Args:
         stages, optimizer, ...: see :class:`Trainer`.
@@ -79,12 +80,15 @@ class GreedyTrainer(Trainer):
     def _active_groups(self) -> list[int]:
         return [self.stage]
 
+    def _stages_of(self, group: int) -> list[int]:
+        return [group]
+
     def _set_training(self) -> None:
         for index, stage in enumerate(self.stages):
             stage.train(index == self.stage)
 
     def _next_epoch(self, epochs: int) -> bool:
-        while self.stage < len(self.stages) and self.stage_epoch >= epochs:
+        while self.stage < len(self.stages) and (self.stage_epoch >= epochs or self._has_stopped(self.stage)):
             self._next_stage()
         return self.stage < len(self.stages)
 

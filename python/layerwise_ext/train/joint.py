@@ -61,3 +61,6 @@ class JointTrainer(Trainer):
 
     def _reported(self) -> list[int]:
         return self._blocks[0].supervised
+
+    def _stages_of(self, group: int) -> list[int]:
+        return self._blocks[group].indices

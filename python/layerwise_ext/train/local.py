@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from layerwise_ext.nn import LocalStage
@@ -18,6 +19,9 @@ class LocalTrainer(Trainer):
 
     Within a step, stage k's features are computed, then it is updated, then stage k+1 runs on those features: no
     gradient crosses a stage, and only one stage's activations are alive at a time.
+
+    A stage that early stopping ends is frozen while the others go on: no gradient, no update, eval mode. It is still
+    run, and its metrics stay in the records. With ``detach=False`` gradients of later losses still pass through it.
 
     Args:
         stages, optimizer, ...: see :class:`Trainer`.
@@ -64,10 +68,12 @@ class LocalTrainer(Trainer):
             return self._connected_step(x, target, weight, update)
         losses, logits, image = [], [], x
         for group, block in enumerate(self._blocks):
-            with self._autocast():
+            stopped = self._has_stopped(group)
+            with torch.set_grad_enabled(not stopped), self._autocast():
                 output = block(x, target, image)
-            self._backward(output.loss, weight)
-            if update:
+            if not stopped:
+                self._backward(output.loss, weight)
+            if update and not stopped:
                 self._update(group)
             x = output.features
             losses += [loss.detach() for loss in output.losses]
@@ -82,8 +88,11 @@ class LocalTrainer(Trainer):
                 losses.append(loss)
                 logits.append(output)
         self._backward(sum(losses[1:], start=losses[0]), weight)
-        for group in range(len(self.optimizers)) if update else ():
-            self._update(group)
+        for group, optimizer in enumerate(self.optimizers) if update else ():
+            if self._has_stopped(group):
+                optimizer.zero_grad(set_to_none=True)
+            else:
+                self._update(group)
         return step_result(losses, logits, target)
 
     def _parameter_groups(self) -> list[list[nn.Parameter]]:
@@ -91,3 +100,6 @@ class LocalTrainer(Trainer):
 
     def _reported(self) -> list[int]:
         return [index for block in self._blocks for index in block.supervised]
+
+    def _stages_of(self, group: int) -> list[int]:
+        return self._blocks[group].indices
