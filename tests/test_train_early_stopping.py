@@ -138,7 +138,7 @@ def test_bad_arguments() -> None:
     trainer, _ = scripted(JointTrainer, {2: [math.nan]}, early_stopping=EarlyStopping(1, metric="val_accuracy"))
     with pytest.raises(ValueError, match=r"stages\[2\] has no classifier, use metric='val_loss'"):
         trainer.fit(loader(), 1, loader())
-    with pytest.raises(ValueError, match="the state is of a trainer with early_stopping"):
+    with pytest.raises(ValueError, match="the state has early_stopping; this trainer has not"):
         trainer_for(JointTrainer, network()).load_state_dict(trainer.state_dict())
 
 

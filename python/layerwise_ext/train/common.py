@@ -20,6 +20,7 @@ from layerwise_ext import _graphs
 from layerwise_ext.nn import LocalStage
 from layerwise_ext.train import random_state
 from layerwise_ext.train.early_stopping import EarlyStopping, Watch
+from layerwise_ext.train.ema import AveragedStage
 from layerwise_ext.train.evaluation import Batches, Evaluator
 from layerwise_ext.train.metrics import Metrics, Record, StepResult, summary
 
@@ -63,6 +64,10 @@ class Trainer(Evaluator):
             batch by itself. What is left at the end of an epoch is an update, too. The inputs of the batches to an
             update are on the device together.
         clip_norm: the largest 2-norm of the gradients of one optimiser; larger ones are scaled to it before the update.
+        ema_decay: keeps an exponential moving average of the weights of each stage, from its first update on, which
+            :meth:`evaluate` and :meth:`predict` use, with the running statistics of training. Where the training of a
+            stage ends, by early stopping or because the next one begins (greedy), the average becomes its weights.
+            Takes the memory of another network.
         early_stopping: when to stop before the last epoch, each optimiser's stages for themselves. Needs a
             ``val_loader``.
 
@@ -89,6 +94,7 @@ class Trainer(Evaluator):
         cuda_graph: bool = False,
         accumulate: int = 1,
         clip_norm: float | None = None,
+        ema_decay: float | None = None,
         early_stopping: EarlyStopping | None = None,
     ) -> None:
         self.stages = list(stages)
@@ -116,6 +122,7 @@ class Trainer(Evaluator):
             stage.to(self.device)
             if channels_last:
                 stage.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._averages = [] if ema_decay is None else [AveragedStage(stage, ema_decay) for stage in self.stages]
         self.generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
         groups = [[p for p in group if p.requires_grad] for group in self._parameter_groups()]
         makers = _one_each("optimizer", optimizer, len(groups))
@@ -145,8 +152,13 @@ class Trainer(Evaluator):
             update: False leaves parameters as they are and adds the gradients to those of the next call.
         """
         if self._captured is None or weight != 1.0 or not update:
-            return self._step(x, target, weight, update)
-        return StepResult(*(t.clone() for t in self._captured(x, target)))  # the graph overwrites its own
+            result = self._step(x, target, weight, update)
+        else:
+            result = StepResult(*(t.clone() for t in self._captured(x, target)))  # the graph overwrites its own
+        if update and self._averages:
+            for index in itertools.chain.from_iterable(map(self._stages_of, self._active_groups())):
+                self._averages[index].update_parameters(self.stages[index])
+        return result
 
     @abstractmethod
     def _step(self, x: Tensor, target: Tensor, weight: float = 1.0, update: bool = True) -> StepResult:
@@ -182,6 +194,14 @@ class Trainer(Evaluator):
     def _trained(self) -> list[int]:
         """Indices of the stages that the results of :meth:`step` are about."""
         return self._reported()
+
+    @property
+    def ema_stages(self) -> list[LocalStage]:
+        """The stages with averaged weights, which evaluation and prediction use; without ``ema_decay``, and before the
+        first update of a stage, the stages themselves."""
+        if not self._averages:
+            return self.stages
+        return [average.of(stage) for stage, average in zip(self.stages, self._averages, strict=True)]
 
     @abstractmethod
     def _stages_of(self, group: int) -> list[int]:
@@ -274,10 +294,18 @@ class Trainer(Evaluator):
             value = values[stages[-1]]
             if math.isnan(value) and watch.settings.metric == "val_accuracy":
                 raise ValueError(f"early_stopping: stages[{stages[-1]}] has no classifier, use metric='val_loss'")
-            watch.update(value, self.epoch + 1, [self.stages[index] for index in stages])
+            kept: list[nn.Module] = [self.stages[index] for index in stages]
+            kept += [self._averages[index] for index in stages if self._averages]
+            watch.update(value, self.epoch + 1, kept)
             if watch.stopped:
+                self._adopt_averages(stages)
                 best = "" if watch.best is None else f"; best in epoch {watch.best_epoch}: {watch.best:.4f}"
                 logger.info("epoch %d: training of stages %s ends%s", self.epoch + 1, stages, best)
+
+    def _adopt_averages(self, stages: list[int]) -> None:
+        """Their training has ended: what is built on them sees what is evaluated."""
+        for index in stages if self._averages else ():
+            self._averages[index].into(self.stages[index])
 
     def _train_epoch(self, loader: Batches) -> Record:
         start = last_shown = time.perf_counter()
@@ -333,6 +361,7 @@ class Trainer(Evaluator):
             "stages": [stage.state_dict() for stage in self.stages],
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
+            "averages": [average.state_dict() for average in self._averages],
             "early_stopping": [watch.state_dict() for watch in self._watches],
             "generator": self.generator.get_state(),
             "random_state": self._random_state(),
@@ -358,9 +387,13 @@ class Trainer(Evaluator):
             found, expected = len(state[name]), len(getattr(self, name))
             if found != expected:
                 raise ValueError(f"the state has {found} {name}; this trainer has {expected}")
-        if bool(state["early_stopping"]) != bool(self._watches):
-            with_or_without = "with" if state["early_stopping"] else "without"
-            raise ValueError(f"the state is of a trainer {with_or_without} early_stopping; this is another one")
+        for option, found, own in (
+            ("early_stopping", state["early_stopping"], self._watches),
+            ("ema_decay", state["averages"], self._averages),
+        ):
+            if bool(found) != bool(own):
+                has, lacks = ("the state", "this trainer") if found else ("this trainer", "the state")
+                raise ValueError(f"{has} has {option}; {lacks} has not")
         for stage, stage_state in zip(self.stages, state["stages"], strict=True):
             stage.load_state_dict(stage_state)
         # Optimisers keep the tensors they are given: without the copy, two trainers would share their moments.
@@ -371,6 +404,8 @@ class Trainer(Evaluator):
         self._reset_capture()
         for scheduler, scheduler_state in zip(self.schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(scheduler_state)
+        for average, average_state in zip(self._averages, state["averages"], strict=True):
+            average.load_state_dict(average_state)
         for watch, watch_state in zip(self._watches, state["early_stopping"], strict=True):
             watch.load_state_dict(watch_state)
         self.generator.set_state(state["generator"])

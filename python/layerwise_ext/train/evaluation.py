@@ -25,6 +25,11 @@ class Evaluator(ABC):
     autocast_dtype: torch.dtype | None
     channels_last: bool
 
+    @property
+    @abstractmethod
+    def ema_stages(self) -> list[LocalStage]:
+        """The stages that are run."""
+
     @abstractmethod
     def _reported(self) -> list[int]:
         """Indices of the stages whose heads are evaluated, ascending."""
@@ -101,7 +106,7 @@ class Evaluator(ABC):
         """Of each of these stages."""
         outputs, images = [], x
         with self._autocast():
-            for index, stage in enumerate(self.stages[: reported[-1] + 1]):
+            for index, stage in enumerate(self.ema_stages[: reported[-1] + 1]):
                 if index in reported:
                     outputs.append(stage(x, target, images))
                     x = outputs[-1].features
@@ -111,8 +116,9 @@ class Evaluator(ABC):
 
     @contextmanager
     def _eval_mode(self) -> Iterator[None]:
-        training = [(module, module.training) for stage in self.stages for module in stage.modules()]
-        for stage in self.stages:
+        stages = self.ema_stages
+        training = [(module, module.training) for stage in stages for module in stage.modules()]
+        for stage in stages:
             stage.eval()
         try:
             yield

@@ -22,7 +22,7 @@ class GreedyTrainer(Trainer):
     stage, in one pass over the loader, and kept on the device in the dtype they have; each epoch then trains on them in
     a new order, drawn from the trainer's generator, in batches of the loader's size. Random augmentation is therefore
     drawn once per stage, for all stages but the first, which reads the loader in each epoch. Where early stopping ends
-    a stage, the next one begins.
+    a stage, the next one begins. With ``ema_decay`` the next stage gets what the averaged weights give.
 
     Args:
         stages, optimizer, ...: see :class:`Trainer`.
@@ -99,6 +99,7 @@ class GreedyTrainer(Trainer):
     def _next_stage(self) -> None:
         # A finished stage is never trained again: what its optimiser remembers would only take memory.
         self.optimizers[self.stage].state.clear()
+        self._adopt_averages([self.stage])
         self.stage += 1
         self.stage_epoch = 0
         self._features = None
