@@ -539,7 +539,7 @@ def test_bad_arguments() -> None:
             r"stages\[1\] has a ReconstructionHead, which looks at the image",
             lambda: GreedyTrainer([stage, LocalStage(nn.Identity(), ReconstructionHead(1)), stage]),
         ),
-        (ValueError, "autocast_dtype is torch.float16", lambda: JointTrainer(network(), autocast_dtype=torch.float16)),
+        (ValueError, "autocast_dtype is torch.float64", lambda: JointTrainer(network(), autocast_dtype=torch.float64)),
         (ValueError, "ReduceLROnPlateau", lambda: JointTrainer(network(), scheduler=plateau)),
         (ValueError, "epochs is 0", lambda: trainer_for(JointTrainer, network()).fit(loader(), 0)),
         (RuntimeError, "loader gave no batches", lambda: trainer_for(JointTrainer, network()).fit([], 1)),

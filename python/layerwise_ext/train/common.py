@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from layerwise_ext import _graphs
 from layerwise_ext.nn import LocalStage
-from layerwise_ext.train import random_state
+from layerwise_ext.train import precision, random_state
 from layerwise_ext.train.early_stopping import EarlyStopping, Watch
 from layerwise_ext.train.ema import AveragedStage
 from layerwise_ext.train.evaluation import Batches, Evaluator
@@ -50,7 +50,10 @@ class Trainer(Evaluator):
         scheduler: makes a learning-rate scheduler from an optimiser, a sequence of such functions, one for each
             optimiser, or None; stepped once per epoch of that optimiser.
         device: where the stages are moved and the batches are sent; None: where the stages are.
-        autocast_dtype: torch.bfloat16 runs the forward passes under autocast; None: in the stages' own dtype.
+        autocast_dtype: torch.bfloat16 or, on a CUDA device, torch.float16 runs the forward passes under autocast; None:
+            in the stages' own dtype. With float16 losses are scaled by a :class:`torch.amp.GradScaler`, one for all
+            optimisers, which waits for the device once per step of an optimiser and skips those with gradients that are
+            not finite.
         seed: of the trainer's own generator, which only shuffles cached data; None: torch's initial seed. Parameters
             and the global generator are left as they are.
         progress: show a progress bar.
@@ -73,7 +76,8 @@ class Trainer(Evaluator):
 
     Raises:
         ValueError: an argument out of range; a sequence of another length than there are optimisers; (``cuda_graph``)
-            stages that are not on a CUDA device, a batch norm with ``momentum=None``, ``accumulate`` above 1.
+            stages that are not on a CUDA device, a batch norm with ``momentum=None``, ``accumulate`` above 1, float16;
+            float16 on another device.
 
     Attributes:
         epoch: number of finished epochs, over all stages.
@@ -99,8 +103,6 @@ class Trainer(Evaluator):
     ) -> None:
         self.stages = list(stages)
         self._check_stages()
-        if autocast_dtype not in (None, torch.bfloat16):
-            raise ValueError(f"autocast_dtype is {autocast_dtype}; allowed: torch.bfloat16, None")
         if accumulate < 1:
             raise ValueError(f"accumulate is {accumulate}; allowed: 1 or more batches")
         if clip_norm is not None and not 0 < clip_norm < math.inf:
@@ -110,10 +112,12 @@ class Trainer(Evaluator):
         if device is None:
             device = next(p.device for stage in self.stages for p in stage.parameters())
         self.device = torch.device(device)
+        precision.check(autocast_dtype, self.device, cuda_graph)
         if cuda_graph:
             _graphs.check_device(self.device)
             _graphs.check_capturable(self.stages)
         self.autocast_dtype = autocast_dtype
+        self._scaler = precision.grad_scaler(autocast_dtype, self.device)
         self.progress = progress
         self.channels_last = channels_last
         self.accumulate = accumulate
@@ -143,7 +147,7 @@ class Trainer(Evaluator):
         self._loader: Any = None
 
     def step(self, x: Tensor, target: Tensor, *, weight: float = 1.0, update: bool = True) -> StepResult:
-        """One training step on a batch that is already on the device; does not wait for the device.
+        """One training step on a batch that is already on the device; waits for the device with float16 only.
 
         Args:
             x: a batch of images ``[N, C, H, W]`` (for :class:`GreedyTrainer`, of the current stage's inputs).
@@ -155,24 +159,30 @@ class Trainer(Evaluator):
             result = self._step(x, target, weight, update)
         else:
             result = StepResult(*(t.clone() for t in self._captured(x, target)))  # the graph overwrites its own
-        if update and self._averages:
-            for index in itertools.chain.from_iterable(map(self._stages_of, self._active_groups())):
-                self._averages[index].update_parameters(self.stages[index])
+        if update:
+            self._scaler.update()
+            self._update_averages()
         return result
+
+    def _update_averages(self) -> None:
+        for group in self._active_groups() if self._averages else ():
+            for index in self._stages_of(group):
+                self._averages[index].update_parameters(self.stages[index])
 
     @abstractmethod
     def _step(self, x: Tensor, target: Tensor, weight: float = 1.0, update: bool = True) -> StepResult:
         """What :meth:`step` does, kernel by kernel."""
 
     def _backward(self, loss: Tensor, weight: float) -> None:
-        (loss if weight == 1.0 else loss * weight).backward()
+        self._scaler.scale(loss if weight == 1.0 else loss * weight).backward()
 
     def _update(self, group: int) -> None:
         """The step of one optimiser."""
         optimizer = self.optimizers[group]
         if self.clip_norm is not None:
+            self._scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], self.clip_norm)
-        optimizer.step()
+        self._scaler.step(optimizer)
         # Dropping the gradients at once keeps those of one optimiser only in memory.
         optimizer.zero_grad(set_to_none=True)
 
@@ -363,6 +373,7 @@ class Trainer(Evaluator):
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
             "averages": [average.state_dict() for average in self._averages],
             "early_stopping": [watch.state_dict() for watch in self._watches],
+            "scaler": self._scaler.state_dict(),
             "generator": self.generator.get_state(),
             "random_state": self._random_state(),
         }
@@ -390,6 +401,7 @@ class Trainer(Evaluator):
         for option, found, own in (
             ("early_stopping", state["early_stopping"], self._watches),
             ("ema_decay", state["averages"], self._averages),
+            ("autocast_dtype=torch.float16", state["scaler"], self._scaler.is_enabled()),
         ):
             if bool(found) != bool(own):
                 has, lacks = ("the state", "this trainer") if found else ("this trainer", "the state")
@@ -408,6 +420,7 @@ class Trainer(Evaluator):
             average.load_state_dict(average_state)
         for watch, watch_state in zip(self._watches, state["early_stopping"], strict=True):
             watch.load_state_dict(watch_state)
+        self._scaler.load_state_dict(state["scaler"])
         self.generator.set_state(state["generator"])
         self.epoch = state["epoch"]
         self.history = copy.deepcopy(state["history"])
