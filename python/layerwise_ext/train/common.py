@@ -9,6 +9,7 @@ import math
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from layerwise_ext import _graphs
 from layerwise_ext.nn import LocalStage
 from layerwise_ext.train import precision, random_state
+from layerwise_ext.train.callbacks import Callback, FunctionCallback
 from layerwise_ext.train.early_stopping import EarlyStopping, Watch
 from layerwise_ext.train.ema import AveragedStage
 from layerwise_ext.train.evaluation import Batches, Evaluator
@@ -255,6 +257,7 @@ class Trainer(Evaluator):
         epochs: int,
         val_loader: Batches | None = None,
         on_epoch_end: Callable[[Trainer, Record], None] | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> list[Record]:
         """Train until ``epochs`` epochs are done in all, those before :meth:`load_state_dict` included.
 
@@ -263,7 +266,8 @@ class Trainer(Evaluator):
             epochs: the total; :class:`GreedyTrainer` counts it for each stage.
             val_loader: evaluated after each epoch; early stopping looks at it.
             on_epoch_end: called as ``on_epoch_end(trainer, record)`` with everything up to date, so that a checkpoint
-                of :meth:`state_dict` written there continues with the next epoch.
+                of :meth:`state_dict` written there continues with the next epoch; behind ``callbacks``.
+            callbacks: called in this order at the start, behind each epoch, and at the end in the reverse order.
 
         Returns:
             ``history``.
@@ -271,31 +275,44 @@ class Trainer(Evaluator):
         Raises:
             ValueError: ``epochs`` below 1; early stopping without a ``val_loader``, or on the accuracy of a head
                 without a classifier.
+            TypeError: something else than a :class:`Callback` among ``callbacks``.
             RuntimeError: the loader gave no batches.
         """
         if epochs < 1:
             raise ValueError(f"epochs is {epochs}; allowed: 1 or more, the total number")
         if self.early_stopping is not None and val_loader is None:
             raise ValueError(f"early_stopping looks at {self.early_stopping.metric}: val_loader must be given")
+        for index, callback in enumerate(callbacks):
+            if not isinstance(callback, Callback):
+                raise TypeError(f"callbacks[{index}] is {type(callback).__name__}; a train.Callback is needed")
+        if on_epoch_end is not None:
+            callbacks = [*callbacks, FunctionCallback(on_epoch_end)]
         self._loader = loader
         if self._saved_random_state is not None:
             random_state.restore(self._saved_random_state, loader, self.device)
             self._saved_random_state = None
-        while self._next_epoch(epochs):
-            record = self._train_epoch(loader)
-            if val_loader is not None:
-                scores = self.evaluate(val_loader)
-                record["val_loss"], record["val_accuracy"] = scores["loss"], scores["accuracy"]
-                if self.early_stopping is not None:
-                    self._stop_early(dict(zip(scores["stages"], record[self.early_stopping.metric], strict=True)))
-            for group in self._active_groups() if self.schedulers else []:
-                self.schedulers[group].step()
-            self._count_epoch()
-            self.history.append(record)
-            logger.info("epoch %d: %s", record["epoch"], summary(record))
-            if on_epoch_end is not None:
-                on_epoch_end(self, record)
+        with ExitStack() as stack:
+            for callback in callbacks:
+                callback.on_fit_start(self)
+                stack.callback(callback.on_fit_end, self)
+            while self._next_epoch(epochs):
+                self._fit_epoch(loader, val_loader, callbacks)
         return self.history
+
+    def _fit_epoch(self, loader: Batches, val_loader: Batches | None, callbacks: Sequence[Callback]) -> None:
+        record = self._train_epoch(loader)
+        if val_loader is not None:
+            scores = self.evaluate(val_loader)
+            record["val_loss"], record["val_accuracy"] = scores["loss"], scores["accuracy"]
+            if self.early_stopping is not None:
+                self._stop_early(dict(zip(scores["stages"], record[self.early_stopping.metric], strict=True)))
+        for group in self._active_groups() if self.schedulers else []:
+            self.schedulers[group].step()
+        self._count_epoch()
+        self.history.append(record)
+        logger.info("epoch %d: %s", record["epoch"], summary(record))
+        for callback in callbacks:
+            callback.on_epoch_end(self, record)
 
     def _stop_early(self, values: dict[int, float]) -> None:
         """Judge the current epoch by the metric of each stage."""
