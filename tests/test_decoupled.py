@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from layerwise_ext.nn import LocalStage, PooledLinearHead, ReconstructionHead
-from layerwise_ext.train import DecoupledTrainer, LocalTrainer, Record, ReplayBuffer, Trainer
+from layerwise_ext.train import DecoupledTrainer, EarlyStopping, LocalTrainer, Record, ReplayBuffer, Trainer
 from layerwise_ext.train._links import _HEADER, End, Incoming, LinkError, Replayed, _Batch, _describe, _size, _views
 from test_train import TOLERANCE, Noisy, adam, arrays, loader, network, same, sgd, snapshot, trainer_for
 from torch import nn
@@ -145,13 +145,15 @@ def test_a_replayed_link_takes_its_steps_and_keeps_what_came_last() -> None:
 
 
 def resumable(workers: bool) -> tuple[Trainer, DataLoader]:
-    """A last smaller batch, augmentation from the global generator, and a later stage that looks at the image."""
+    """A last smaller batch, augmentation from the global generator, a later stage that looks at the image, two batches
+    to an update, and a stage that stops before the others."""
     torch.manual_seed(3)
     model = network()
     stages = [model[0], LocalStage(model[1].body, ReconstructionHead(8, 1).double()), model[2]]
     data = DataLoader(Noisy(), 16, shuffle=True, generator=torch.Generator().manual_seed(4))
     schedule = lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, [1], gamma=0.5)  # noqa: E731
-    options = {"scheduler": schedule, "seed": 0, "progress": False}
+    options = {"scheduler": schedule, "seed": 0, "progress": False, "accumulate": 2, "clip_norm": 0.5, "ema_decay": 0.6}
+    options["early_stopping"] = EarlyStopping(1, min_delta=0.01)
     if workers:
         return DecoupledTrainer(stages, sgd, partition=[1, 2], **options), data
     return LocalTrainer(stages, sgd, **options), data
@@ -159,24 +161,25 @@ def resumable(workers: bool) -> tuple[Trainer, DataLoader]:
 
 def test_synchronous_training_and_its_resumption_equal_one_process() -> None:
     one, data = resumable(False)
-    expected = one.fit(data, 2, loader())
+    expected = one.fit(data, 3, loader())
     two, data = resumable(True)
     checkpoint = io.BytesIO()
 
-    def save_first(trainer: Trainer, record: Record) -> None:
-        if trainer.epoch == 1:
+    def save(trainer: Trainer, record: Record) -> None:
+        if trainer.epoch == 2:
             torch.save(trainer.state_dict(), checkpoint)
 
-    two.fit(data, 2, loader(), save_first)
+    two.fit(data, 3, loader(), save)
     checkpoint.seek(0)
     resumed, data = resumable(True)
     resumed.load_state_dict(torch.load(checkpoint, weights_only=True))
-    resumed.fit(data, 2, loader())
+    resumed.fit(data, 3, loader())
     state = one.state_dict()
+    assert len({watch["stopped"] for watch in state["early_stopping"]}) == 2
     for trainer in (two, resumed):
         assert without_seconds(trainer.history) == without_seconds(expected)
         found = trainer.state_dict()
-        for name in ("stages", "optimizers", "schedulers", "random_state"):
+        for name in ("stages", "optimizers", "schedulers", "averages", "early_stopping", "random_state"):
             assert equal(found[name], state[name]), name
     assert multiprocessing.active_children() == []
 
@@ -323,6 +326,12 @@ def test_bad_arguments() -> None:
         (ValueError, "buffer is 0", lambda: DecoupledTrainer(network(), workers=2, buffer=0)),
         (ValueError, "in_flight is 0", lambda: DecoupledTrainer(network(), workers=2, in_flight=0)),
         (ValueError, "threads is 0", lambda: DecoupledTrainer(network(), workers=2, threads=0)),
+        (ValueError, "blocks is for a LocalTrainer", lambda: DecoupledTrainer(network(), workers=2, blocks=[1, 2])),
+        (
+            ValueError,
+            "accumulate is 2; allowed with replicas: 1",
+            lambda: DecoupledTrainer(network(), workers=2, replicas=2, accumulate=2),
+        ),
         (ValueError, "cuda_graph=True captures", lambda: DecoupledTrainer(network(), workers=2, cuda_graph=True)),
         (
             ValueError,

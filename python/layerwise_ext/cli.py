@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import logging
 import math
@@ -311,6 +310,7 @@ def _fit(
     test_loader: Any,
 ) -> int:
     from layerwise_ext import checkpoint
+    from layerwise_ext.train import CSVLogger
 
     trainer = _trainer(arguments, model)
     checkpoint_path = output / "checkpoint.pt"
@@ -324,13 +324,13 @@ def _fit(
     checkpoint.write_text(output / "config.json", json.dumps(settings, indent=2) + "\n")
 
     def on_epoch_end(trainer: Trainer, record: dict[str, Any]) -> None:
-        _write_metrics(output / "metrics.csv", trainer.history)
         checkpoint.save(checkpoint_path, trainer.state_dict())
         print(_describe(record), flush=True)
 
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        trainer.fit(loader, arguments.epochs, test_loader, on_epoch_end)
+        table = CSVLogger(output / "metrics.csv", val_name="test")
+        trainer.fit(loader, arguments.epochs, test_loader, on_epoch_end, [table])
     except KeyboardInterrupt:
         print(f"\ninterrupted after epoch {trainer.epoch}; go on with the same command and --resume", file=sys.stderr)
         return INTERRUPTED
@@ -357,18 +357,3 @@ def _describe(record: dict[str, Any]) -> str:
 
 def _number(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.4f}"
-
-
-def _write_metrics(path: Path, history: list[dict[str, Any]]) -> None:
-    """One row per epoch and trained stage; the test columns are of the stage's own head, without a classifier nan."""
-    from layerwise_ext import checkpoint
-
-    with checkpoint.replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["epoch", "stage", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds"])
-        for record in history:
-            tested = len(record["val_loss"]) - len(record["stages"])  # greedy tests the frozen stages, too
-            for i, stage in enumerate(record["stages"]):
-                row = [record["train_loss"][i], record["train_accuracy"][i]]
-                row += [record["val_loss"][tested + i], record["val_accuracy"][tested + i], record["seconds"]]
-                writer.writerow([record["epoch"], stage, *row])

@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +25,9 @@ from torch import Tensor, nn
 
 from layerwise_ext.nn import LocalStage
 from layerwise_ext.train._links import End, Incoming, LinkError, Outgoing, Replayed, neighbour
-from layerwise_ext.train.common import Batches, Record, StepResult
+from layerwise_ext.train.evaluation import Batches
 from layerwise_ext.train.local import LocalTrainer
+from layerwise_ext.train.metrics import Record, StepResult
 
 State = dict[str, Any]
 
@@ -112,26 +114,25 @@ class Part(LocalTrainer):
             self.incoming = Incoming(end(before))
         self._outgoing = Outgoing(end(behind)) if behind < layout.processes else None
         self._sends_images = self._outgoing is not None and job.images[layout.stages(behind).start]
-        self._steps = job.steps
+        self._length = job.steps
         self._replica, self._replicas = rank % layout.replicas, layout.replicas
         self._group = replicas[layout.worker(rank)]
-        self._images: Tensor | None = None
+        self._images: deque[Tensor] = deque()  # of the batches that are on the device
+        self._stopped: list[bool] = []
         self._samples = 0
-        self._weight = 1.0  # of this replica's losses
 
         optimizers = iter(job.optimizers)
         super().__init__(job.stages, lambda _: next(optimizers), device=job.device, **job.options)
         for module in (m for stage in self.stages for m in stage.modules() if isinstance(m, nn.SyncBatchNorm)):
             module.process_group = self._group
-        if self._replicas > 1:
-            for optimizer in self.optimizers:
-                optimizer.register_step_pre_hook(self._combine_gradients)
         if rank > 0:
             torch.manual_seed(job.seed + rank)  # of dropout and the like; the first process has the trainer's own state
 
     def run(self, loader: Batches | None, state: State) -> State:
         """One epoch from ``state``; the state behind it, in whose history is the epoch's record."""
         self.load_state_dict(state)
+        self._stopped = state["stopped"]
+        self._images.clear()
         self.fit(loader if self.incoming is None else self.incoming, self.epoch + 1)  # type: ignore[arg-type]
         return self.state_dict()
 
@@ -145,7 +146,7 @@ class Part(LocalTrainer):
     def _epoch_batches(self, loader: Batches) -> tuple[Batches, int | None]:
         if self.incoming is None and self._replicas > 1:
             loader = self._share(loader)
-        return loader, self._steps
+        return loader, self._length
 
     def _share(self, loader: Batches) -> Iterator[tuple[Tensor, Tensor]]:
         """This replica's part of each batch."""
@@ -160,28 +161,30 @@ class Part(LocalTrainer):
         if self.incoming is None:
             yield from super()._on_device(batches)
             return
+        copy = self.accumulate > 1  # the next batch may overwrite this one
         for x, target, *images in self.incoming:  # as they are, in the layout in which the stage before made them
-            self._images = images[0].to(self.device) if images else None
-            yield x.to(self.device), target.to(self.device)
+            self._images += [t.to(self.device, copy=copy) for t in images]
+            yield x.to(self.device, copy=copy), target.to(self.device, copy=copy)
 
-    def _step(self, x: Tensor, target: Tensor) -> StepResult:
-        images = x if self.incoming is None else self._images
+    def _step(self, x: Tensor, target: Tensor, weight: float = 1.0, update: bool = True) -> StepResult:
+        image = self._images.popleft() if self._images else x
         self._samples += len(target)
         if self._replicas > 1:
             total = torch.tensor(len(target))
             with neighbour("another replica"):
                 dist.all_reduce(total, group=self._group)
-            self._weight = len(target) * self._replicas / total.item()
-        features, result = self._pass(x, target, images)
+            weight = len(target) * self._replicas / total.item()
+        features, result = self._pass(x, target, image, weight, update)
         if self._outgoing is not None:
-            extra = [images] if self._sends_images and images is not None else []
-            self._outgoing.send(features, target, *extra)
+            self._outgoing.send(features, target, *([image] if self._sends_images else []))
         return result
 
-    def _backward(self, loss: Tensor) -> None:
-        super()._backward(loss if self._weight == 1 else loss * self._weight)
+    def _update(self, group: int) -> None:
+        if self._replicas > 1:
+            self._combine_gradients(self.optimizers[group])
+        super()._update(group)
 
-    def _combine_gradients(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _combine_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """From those of the weighted losses of each replica to those of the mean over the samples of all."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         flat = torch.cat([g.reshape(-1) for g in gradients])
@@ -190,6 +193,12 @@ class Part(LocalTrainer):
         means = flat.div_(self._replicas).split([g.numel() for g in gradients])
         for gradient, mean in zip(gradients, means, strict=True):
             gradient.copy_(mean.view(gradient.shape))
+
+    def _has_stopped(self, group: int) -> bool:
+        return self._stopped[group]  # as the trainer says, who sees the validation data
+
+    def _next_epoch(self, epochs: int) -> bool:
+        return self.epoch < epochs  # also where all stages have stopped: the next process needs their features
 
     def _reported(self) -> list[int]:
         return list(range(self._first, self._first + len(self.stages)))

@@ -13,8 +13,11 @@ import torch.distributed as dist
 from layerwise_ext.nn import LocalStage
 from layerwise_ext.train import random_state
 from layerwise_ext.train._workers import Job, Layout, Members, Part, Processes, State
-from layerwise_ext.train.common import Batches, OptimizerFactory, Record, Trainer, adam, length
+from layerwise_ext.train.callbacks import Callback
+from layerwise_ext.train.common import OptimizerFactory, Trainer, adam, length
+from layerwise_ext.train.evaluation import Batches
 from layerwise_ext.train.local import LocalTrainer
+from layerwise_ext.train.metrics import Record
 
 
 class DecoupledTrainer(LocalTrainer):
@@ -44,17 +47,17 @@ class DecoupledTrainer(LocalTrainer):
         threads: of each process; None: an even share of this one's.
         device: ``'cuda'`` gives each process a GPU in turn, over NCCL if there is one for each; ``'cuda:0'`` puts all
             of them on that one, over gloo.
-        **options: see :class:`Trainer`.
+        **options: see :class:`Trainer`. The progress bar is that of the last worker.
 
     Raises:
-        TypeError, ValueError: arguments that are not allowed; ``cuda_graph``; parameters that stages of two workers
-            share.
+        TypeError, ValueError: arguments that are not allowed; ``cuda_graph``, float16, ``accumulate`` with replicas;
+            blocks of a :class:`LocalTrainer`; parameters that stages of two workers share.
     """
 
     def __init__(
         self,
         stages: Iterable[LocalStage],
-        optimizer: OptimizerFactory = adam,
+        optimizer: OptimizerFactory | Sequence[OptimizerFactory] = adam,
         *,
         workers: int | None = None,
         partition: Sequence[int] | None = None,
@@ -68,6 +71,13 @@ class DecoupledTrainer(LocalTrainer):
         for name, value in (("replicas", replicas), ("buffer", buffer), ("in_flight", in_flight), ("threads", threads)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; allowed: 1 or more")
+        for name in ("blocks", "deep_supervision", "detach"):
+            if name in options:
+                raise ValueError(f"{name} is for a LocalTrainer; here each stage is trained by itself")
+        if options.get("autocast_dtype") is torch.float16:
+            raise ValueError("autocast_dtype is torch.float16, which needs one scaler for all stages; use bfloat16")
+        if replicas > 1 and options.get("accumulate", 1) > 1:
+            raise ValueError(f"accumulate is {options['accumulate']}; allowed with replicas: 1, larger batches instead")
         if options.get("cuda_graph"):
             raise ValueError(
                 "cuda_graph=True captures the steps of one process; use a LocalTrainer, or stages with cuda_graph=True"
@@ -75,6 +85,7 @@ class DecoupledTrainer(LocalTrainer):
         if not dist.is_available() or not dist.is_gloo_available():
             raise RuntimeError("this torch has no torch.distributed with gloo; use a LocalTrainer")
         super().__init__(stages, optimizer, **options)
+        self.ema_decay = options.get("ema_decay")
         self.layout = Layout(_partition(len(self.stages), workers, partition), replicas)
         self._check_shared_parameters()
         self._rank = _given_rank(self.layout)
@@ -92,13 +103,14 @@ class DecoupledTrainer(LocalTrainer):
         epochs: int,
         val_loader: Batches | None = None,
         on_epoch_end: Callable[[Trainer, Record], None] | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> list[Record]:
         """As :meth:`Trainer.fit`, in parallel.
 
         Stages, optimisers and ``loader`` are sent to the processes by pickle; where a loader cannot be, a class that
         makes it in ``__iter__`` can. The loader is iterated in the first worker, with the random generators of this
         process, which have the state afterwards that iterating here would have given them. Under torchrun
-        ``on_epoch_end`` is called by rank 0.
+        ``on_epoch_end`` and ``callbacks`` are called by rank 0.
 
         Raises:
             ValueError: ``epochs`` below 1; ``asynchronous`` with a loader without a length; something that cannot be
@@ -110,7 +122,9 @@ class DecoupledTrainer(LocalTrainer):
             raise ValueError("the loader has no length; asynchronous workers need it as their number of steps")
         done = False
         try:
-            history = super().fit(loader, epochs, val_loader, on_epoch_end if not self._rank else None)
+            if self._rank:
+                on_epoch_end, callbacks = None, ()
+            history = super().fit(loader, epochs, val_loader, on_epoch_end, callbacks)
             done = True
         finally:
             processes = self._processes
@@ -173,6 +187,9 @@ class DecoupledTrainer(LocalTrainer):
                 "autocast_dtype": self.autocast_dtype,
                 "channels_last": self.channels_last,
                 "progress": self.progress and is_last,
+                "accumulate": self.accumulate,
+                "clip_norm": self.clip_norm,
+                "ema_decay": self.ema_decay,
             },
         )
 
@@ -186,6 +203,10 @@ class DecoupledTrainer(LocalTrainer):
             "stages": [stage.state_dict() for stage in self.stages[stages]],
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers[stages]],
             "schedulers": [],
+            "averages": [average.state_dict() for average in self._averages[stages]],
+            "early_stopping": [],
+            "stopped": [self._has_stopped(group) for group in range(len(self.stages))[stages]],
+            "scaler": self._scaler.state_dict(),
             "generator": self.generator.get_state(),
             "random_state": data if self.layout.worker(rank) == 0 else self._random_states[rank],
         }
@@ -196,6 +217,8 @@ class DecoupledTrainer(LocalTrainer):
         for rank in range(0, layout.processes, layout.replicas):
             for stage, state in zip(self.stages[layout.stages(rank)], states[rank]["stages"], strict=True):
                 stage.load_state_dict(state)
+            for average, state in zip(self._averages[layout.stages(rank)], states[rank]["averages"], strict=True):
+                average.load_state_dict(state)
             for optimizer, state in zip(self.optimizers[layout.stages(rank)], states[rank]["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
                 optimizer._opt_called = True  # type: ignore[attr-defined]  # by its process: schedulers warn of an optimiser without a step
