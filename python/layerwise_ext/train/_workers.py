@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from layerwise_ext.nn import LocalStage
 from layerwise_ext.train._links import End, Incoming, LinkError, Outgoing, Replayed, neighbour
@@ -341,6 +342,7 @@ def _main(connection: Any, store: str) -> None:
     """A process of :class:`Processes`: gets its job, then a state for each epoch, then None."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C goes to all of them; the parent ends these
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore that outlives a process that is killed
     try:
         job: Job = _decode(connection.recv_bytes())
         if job.threads is not None:
