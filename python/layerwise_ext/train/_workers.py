@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from layerwise_ext.nn import LocalStage
 from layerwise_ext.train._links import End, Incoming, LinkError, Outgoing, Replayed, neighbour
@@ -33,6 +34,7 @@ State = dict[str, Any]
 
 # Seconds in which the cause of a failure is looked for: processes that only lost a neighbour may say so first.
 _GRACE = 5.0
+_LONGEST = 20_000  # characters of a report, which fits into a pipe that nobody reads yet
 
 
 @dataclass(frozen=True)
@@ -257,14 +259,18 @@ class Processes:
         self._processes: list[Any] = []
         self._connections: list[Any] = []
         context = multiprocessing.get_context("spawn")
-        for _ in jobs:
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_main, args=(theirs, f"file://{self._folder.name}/store"))
-            process.start()
-            theirs.close()  # reading ours then ends with the process
-            self._processes.append(process)
-            self._connections.append(ours)
-        self._send(encoded)
+        try:
+            for _ in jobs:
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_main, args=(theirs, f"file://{self._folder.name}/store"))
+                process.start()
+                theirs.close()  # reading ours then ends with the process
+                self._processes.append(process)
+                self._connections.append(ours)
+            self._send(encoded)
+        except BaseException:
+            self.end(at_once=True)
+            raise
 
     def epoch(self, states: Sequence[State]) -> list[State]:
         """Train an epoch from these states, one for each rank; the states behind it.
@@ -287,8 +293,9 @@ class Processes:
 
     def end(self, at_once: bool) -> None:
         """Ends the processes, with ``at_once`` in the middle of what they do."""
-        if not at_once:
-            self._send([_encode(None)] * len(self._processes))
+        for connection in self._connections if not at_once else ():
+            with contextlib.suppress(OSError):  # one that was killed since the last epoch has nothing more to do
+                connection.send_bytes(_encode(None))
         deadline = time.monotonic() + (0 if at_once else _GRACE)
         for process in self._processes:
             process.join(max(0, deadline - time.monotonic()))
@@ -325,8 +332,10 @@ class Processes:
             for name, process in zip(names, self._processes, strict=True):
                 if process.exitcode is not None and process.exitcode < 0:
                     return RuntimeError(f"{name} was ended by {_signal(-process.exitcode)}; {_KEPT}")
-            for rank, name in enumerate(names):
+            for rank, (name, process) in enumerate(zip(names, self._processes, strict=True)):
                 report = self._report(rank)
+                if report is None and process.exitcode is not None:
+                    return RuntimeError(f"{name} ended with exit status {process.exitcode}; {_KEPT}")
                 if report is not None and "error" in report:
                     error = RuntimeError(f"{name} failed; {_KEPT}\n{report['error']}")
                     if not report["lost"]:
@@ -350,6 +359,7 @@ def _main(connection: Any, store: str) -> None:
     """A process of :class:`Processes`: gets its job, then a state for each epoch, then None."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C goes to all of them; the parent ends these
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore that outlives a process that is killed
     try:
         job: Job = _decode(connection.recv_bytes())
         if job.threads is not None:
@@ -362,8 +372,9 @@ def _main(connection: Any, store: str) -> None:
             connection.send_bytes(_encode(part.run(job.loader, state)))
         dist.destroy_process_group()
     except BaseException as error:
+        report = {"error": traceback.format_exc()[-_LONGEST:], "lost": isinstance(error, LinkError)}
         with contextlib.suppress(OSError):
-            connection.send_bytes(_encode({"error": traceback.format_exc(), "lost": isinstance(error, LinkError)}))
+            connection.send_bytes(_encode(report))
         sys.stderr.flush()
         os._exit(1)  # threads may still wait for a neighbour
 
