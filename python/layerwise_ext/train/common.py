@@ -24,7 +24,7 @@ from layerwise_ext.train.callbacks import Callback, FunctionCallback
 from layerwise_ext.train.early_stopping import EarlyStopping, Watch
 from layerwise_ext.train.ema import AveragedStage
 from layerwise_ext.train.evaluation import Batches, Evaluator
-from layerwise_ext.train.metrics import Metrics, Record, StepResult, summary
+from layerwise_ext.train.metrics import Metrics, Record, StepResult, collapses, step_result, summary
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,9 @@ def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 class Trainer(Evaluator):
     """Base class of the trainers; a subclass says which parameters share an optimiser and what a step is.
+
+    The log warns of losses that are not finite, and once when a stage collapses: when its training accuracy falls below
+    half of what its best one was above chance.
 
     Args:
         stages: a :class:`~layerwise_ext.models.StagedModel` or a list of :class:`~layerwise_ext.nn.LocalStage`; the
@@ -145,6 +148,7 @@ class Trainer(Evaluator):
         self._watches = [] if early_stopping is None else [Watch(early_stopping) for _ in groups]
         self.epoch = 0
         self.history: list[Record] = []
+        self._classes: list[int | None] = []
         self._saved_random_state: dict[str, Any] | None = None
         self._loader: Any = None
 
@@ -174,6 +178,11 @@ class Trainer(Evaluator):
     @abstractmethod
     def _step(self, x: Tensor, target: Tensor, weight: float = 1.0, update: bool = True) -> StepResult:
         """What :meth:`step` does, kernel by kernel."""
+
+    def _result(self, losses: list[Tensor], logits: list[Tensor | None], target: Tensor) -> StepResult:
+        """Of the trained stages; remembers how many classes each one tells apart."""
+        self._classes = [None if t is None else t.shape[1] for t in logits]
+        return step_result(losses, logits, target)
 
     def _backward(self, loss: Tensor, weight: float) -> None:
         self._scaler.scale(loss if weight == 1.0 else loss * weight).backward()
@@ -311,8 +320,24 @@ class Trainer(Evaluator):
         self._count_epoch()
         self.history.append(record)
         logger.info("epoch %d: %s", record["epoch"], summary(record))
+        self._warn_of_collapse(record)
         for callback in callbacks:
             callback.on_epoch_end(self, record)
+
+    def _warn_of_collapse(self, record: Record) -> None:
+        for stage, classes in zip(record["stages"], self._classes, strict=True):
+            if classes is None:
+                continue
+            epochs = [each for each in self.history if stage in each["stages"]]
+            accuracies = [each["train_accuracy"][each["stages"].index(stage)] for each in epochs]
+            if collapses(accuracies, classes):
+                logger.warning(
+                    "epoch %d: stage %d has collapsed: its training accuracy is %.4f, it was %.4f",
+                    record["epoch"],
+                    stage,
+                    accuracies[-1],
+                    max(accuracies),
+                )
 
     def _stop_early(self, values: dict[int, float]) -> None:
         """Judge the current epoch by the metric of each stage."""

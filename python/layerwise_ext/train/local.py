@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from layerwise_ext.nn import LocalStage
 from layerwise_ext.train.blocks import make_blocks
 from layerwise_ext.train.common import Trainer
-from layerwise_ext.train.metrics import StepResult, step_result
+from layerwise_ext.train.metrics import StepResult
 
 
 class LocalTrainer(Trainer):
@@ -78,7 +78,7 @@ class LocalTrainer(Trainer):
             x = output.features
             losses += [loss.detach() for loss in output.losses]
             logits += [None if t is None else t.detach() for t in output.logits]
-        return step_result(losses, logits, target)
+        return self._result(losses, logits, target)
 
     def _connected_step(self, x: Tensor, target: Tensor, weight: float, update: bool) -> StepResult:
         losses, logits, image = [], [], x
@@ -93,7 +93,7 @@ class LocalTrainer(Trainer):
                 optimizer.zero_grad(set_to_none=True)
             else:
                 self._update(group)
-        return step_result(losses, logits, target)
+        return self._result(losses, logits, target)
 
     def _parameter_groups(self) -> list[list[nn.Parameter]]:
         return [block.parameters() for block in self._blocks]
