@@ -134,6 +134,7 @@ def test_options_of_other_modes(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "--deep-supervision is for --mode joint or local, not greedy" in message
     assert "--checkpointing is for --mode joint, not local" in refused(capsys, *run, "--checkpointing")
     assert "--blocks is '2,x'; numbers of stages such as" in refused(capsys, *run, "--blocks", "2,x")
+    assert "deep_supervision is 1.0 without blocks" in refused(capsys, *run, "--deep-supervision", "1")
     assert "add up to the 3 stages" in refused(capsys, *run, "--blocks", "2,2")
     assert "ema_decay is 2.0; allowed: above 0 and below 1" in refused(capsys, *run, "--ema-decay", "2")
     assert not (tmp_path / "run").exists()

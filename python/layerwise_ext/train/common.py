@@ -104,6 +104,8 @@ class Trainer(Resumable, Evaluator):
             raise ValueError(f"accumulate is {accumulate}; allowed: 1 or more batches")
         if clip_norm is not None and not 0 < clip_norm < math.inf:
             raise ValueError(f"clip_norm is {clip_norm}; allowed: a positive number, None")
+        if ema_decay is not None and not 0 < ema_decay < 1:
+            raise ValueError(f"ema_decay is {ema_decay}; allowed: above 0 and below 1, None")
         if cuda_graph and accumulate > 1:
             raise ValueError(f"cuda_graph=True needs accumulate=1, got {accumulate}: a graph is a whole update")
         if device is None:

@@ -36,7 +36,8 @@ class LocalTrainer(Trainer):
 
     Raises:
         ValueError: a stage with ``detach=False`` where the trainer has ``detach=True``; ``blocks`` with
-            ``detach=False`` or of other sizes; weights as in :class:`JointTrainer`.
+            ``detach=False`` or of other sizes; ``deep_supervision`` without ``blocks``, weights as in
+            :class:`JointTrainer`.
     """
 
     def __init__(
@@ -51,6 +52,8 @@ class LocalTrainer(Trainer):
         stages = list(stages)
         if blocks is not None and not detach:
             raise ValueError("blocks with detach=False: no gradient crosses a block; leave one of the two out")
+        if deep_supervision is not None and blocks is None:
+            raise ValueError(f"deep_supervision is {deep_supervision} without blocks: there are no hidden heads")
         self.detach = detach
         self._blocks = make_blocks(stages, [1] * len(stages) if blocks is None else blocks, deep_supervision)
         super().__init__(stages, *args, **kwargs)
