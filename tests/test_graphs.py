@@ -96,6 +96,13 @@ def test_results_of_a_step_stay() -> None:
     torch.testing.assert_close(results, expected, **TOLERANCE)
 
 
+def test_a_graph_is_a_whole_update() -> None:
+    trainer = trainer_for(LocalTrainer, network(), cuda_graph=True)
+    for options in ({"update": False}, {"weight": 0.5}):
+        with pytest.raises(ValueError, match="cuda_graph=True needs weight=1 and update=True"):
+            trainer.step(*next(iter(loader())), **options)
+
+
 def test_another_shape_that_stays_is_captured_anew() -> None:
     trainer = trainer_for(JointTrainer, network(), cuda_graph=True)
     peer = trainer_for(JointTrainer, network())

@@ -150,8 +150,13 @@ class Trainer(Resumable, Evaluator):
             target: ``[N]`` int64.
             weight: of the losses, where the gradients of several batches are added up.
             update: False leaves parameters as they are and adds the gradients to those of the next call.
+
+        Raises:
+            ValueError: ``weight`` or ``update`` with ``cuda_graph``.
         """
-        if self._captured is None or weight != 1.0 or not update:
+        if self._captured is not None and (weight != 1.0 or not update):
+            raise ValueError("cuda_graph=True needs weight=1 and update=True: a graph is a whole update")
+        if self._captured is None:
             result = self._step(x, target, weight, update)
         else:
             result = StepResult(*(t.clone() for t in self._captured(x, target)))  # the graph overwrites its own
