@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import signal
@@ -64,7 +65,7 @@ def test_decoupled_training_equals_local_training(tmp_path: Path, capsys: pytest
     assert same(tmp_path / "local", tmp_path / "decoupled")
     command = [*TINY, "--output", str(tmp_path / "decoupled"), "--mode", "decoupled", "--resume"]
     assert "--workers is 3, but the run in" in refused(capsys, *command, "--workers", "3")
-    assert "--workers is for --mode decoupled; leave it out" in refused(capsys, *TINY, "--workers", "2")
+    assert "--workers is for --mode decoupled, not local" in refused(capsys, *TINY, "--workers", "2")
     assert "--buffer is for --mode decoupled --asynchronous" in refused(capsys, *command, "--buffer", "2")
     assert "workers is 9; allowed: 1 to 3" in refused(
         capsys, *TINY, "--output", str(tmp_path / "new"), "--mode", "decoupled", "--workers", "9"
@@ -112,6 +113,45 @@ def test_networks_and_schedules(tmp_path: Path, options: list[str], capsys: pyte
         in refused(capsys, *TINY, *options[:2], "--output", str(tmp_path / "run"), "--resume")
         or "--downsampling" not in options
     )
+
+
+@pytest.mark.parametrize(("mode", "options"), [
+    ("local", ["--blocks", "2,1", "--deep-supervision", "0.3", "--clip-norm", "1", "--ema-decay", "0.9"]),
+    ("joint", ["--deep-supervision", "0.3", "--head", "predsim", "--checkpointing", "--accumulate", "2"]),
+])  # fmt: skip
+def test_options_of_the_trainers(tmp_path: Path, mode: str, options: list[str]) -> None:
+    assert train(tmp_path / "whole", "--mode", mode, "--epochs", "2", *options) == 0
+    assert train(tmp_path / "usual", "--mode", mode, "--epochs", "2") == 0
+    assert not same(tmp_path / "whole", tmp_path / "usual")
+    rows = list(csv.DictReader((tmp_path / "whole" / "metrics.csv").open()))
+    assert {row["stage"] for row in rows} == {"0", "1", "2"}
+    assert len(rows) == 6
+    assert train(tmp_path / "parts", "--mode", mode, "--epochs", "1", *options) == 0
+    assert train(tmp_path / "parts", "--mode", mode, "--epochs", "2", *options, "--resume") == 0
+    assert same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_patience(tmp_path: Path) -> None:
+    """Each stage ends with the first epoch that is no better than the one before it."""
+    assert train(tmp_path / "run", "--mode", "greedy", "--epochs", "30", "--patience", "1", "--lr", "0.1") == 0
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
+    for stage in "012":
+        losses = [float(row["test_loss"]) for row in rows if row["stage"] == stage]
+        assert 1 < len(losses) < 30
+        assert [b < a for a, b in itertools.pairwise(losses)] == [True] * (len(losses) - 2) + [False]
+
+
+def test_options_of_other_modes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = [*TINY, "--output", str(tmp_path / "run")]
+    assert "--blocks is for --mode local, not joint" in refused(capsys, *run, "--mode", "joint", "--blocks", "2,1")
+    message = refused(capsys, *run, "--mode", "greedy", "--deep-supervision", "1")
+    assert "--deep-supervision is for --mode joint or local, not greedy" in message
+    assert "--checkpointing is for --mode joint, not local" in refused(capsys, *run, "--checkpointing")
+    assert "--blocks is '2,x'; numbers of stages such as" in refused(capsys, *run, "--blocks", "2,x")
+    assert "deep_supervision is 1.0 without blocks" in refused(capsys, *run, "--deep-supervision", "1")
+    assert "add up to the 3 stages" in refused(capsys, *run, "--blocks", "2,2")
+    assert "ema_decay is 2.0; allowed: above 0 and below 1" in refused(capsys, *run, "--ema-decay", "2")
+    assert not (tmp_path / "run").exists()
 
 
 def test_schedules_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

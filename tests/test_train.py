@@ -239,6 +239,8 @@ def resumable(kind: type[Trainer], own_generator: bool, **options: Any) -> tuple
         (GreedyTrainer, 5, {}),  # in the middle of stage 2
         (GreedyTrainer, 3, {"cache": False}),
         (GreedyTrainer, 3, {"cache_limit_bytes": 1}),
+        (LocalTrainer, 1, {"blocks": [1, 2], "deep_supervision": 0.5, "accumulate": 2, "clip_norm": 0.1}),
+        (JointTrainer, 1, {"deep_supervision": 0.5, "checkpointing": True, "ema_decay": 0.9}),
     ],
 )
 def test_a_resumed_run_is_bit_identical(

@@ -146,6 +146,7 @@ def test_heads_in_a_block_get_the_image() -> None:
         (LocalTrainer, {"blocks": [3, 0]}, r"blocks is \[3, 0\]"),
         (LocalTrainer, {"blocks": []}, r"blocks is \[\]"),
         (LocalTrainer, {"blocks": [3], "detach": False}, "blocks with detach=False"),
+        (LocalTrainer, {"deep_supervision": 0.5}, "deep_supervision is 0.5 without blocks: there are no hidden heads"),
         (LocalTrainer, {"blocks": [1, 2], "deep_supervision": [1, 1]}, "has 2 weights; there are 1 hidden heads"),
         (JointTrainer, {"deep_supervision": -1.0}, "deep_supervision has the weight -1.0; allowed: 0 or more"),
         (JointTrainer, {"deep_supervision": float("nan")}, "deep_supervision has the weight nan"),

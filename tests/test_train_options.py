@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from layerwise_ext.nn import FunctionHead, LocalStage, PooledLinearHead
 from layerwise_ext.train import GreedyTrainer, JointTrainer, LocalTrainer, Trainer
+from layerwise_ext.train.metrics import collapses
 from test_train import TOLERANCE, TRAINERS, arrays, loader, network, same, sgd, snapshot, trainer_for
 from torch import Tensor, nn
 
@@ -169,6 +171,47 @@ def test_an_ensemble_is_of_the_heads_that_classify() -> None:
         trainer_for(GreedyTrainer, stages).predict(images)
     with pytest.raises(RuntimeError, match="data gave no batches"):
         trainer.predict([])
+
+
+# -- Warnings ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("classes", "accuracies", "epochs"),
+    [
+        (10, [0.1], []),
+        (10, [0.9, 0.7, 0.51, 0.49, 0.2, 0.1], [4]),  # half of 0.8 above 0.1; once
+        (10, [0.9, 0.1, 0.8, 0.1, 0.1], [2, 4]),  # it had recovered
+        (10, [0.29, 0.1, 0.1], []),  # never clearly above chance
+        (10, [0.1, 0.12, 0.31, 0.2], [4]),
+        (2, [0.7, 0.5], []),
+        (2, [0.95, 0.73, 0.72], [3]),
+        (100, [0.04, 0.02], [2]),
+    ],
+)
+def test_what_a_collapse_is(classes: int, accuracies: list[float], epochs: list[int]) -> None:
+    assert [n for n in range(1, len(accuracies) + 1) if collapses(accuracies[:n], classes)] == epochs
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_a_stage_that_collapses_is_named(kind: type[Trainer], caplog: pytest.LogCaptureFixture) -> None:
+    """Stage 2 learns, then its head is put to zero and its learning rate, too."""
+    model = network()
+
+    def spoil(trainer: Trainer, record: dict[str, Any]) -> None:
+        if trainer.epoch == (28 if kind is GreedyTrainer else 8):
+            with torch.no_grad():
+                model[2].head.linear.weight.zero_()
+            trainer.optimizers[-1].param_groups[0]["lr"] = 0.0
+
+    trainer = trainer_for(kind, model, lambda parameters: torch.optim.Adam(parameters, lr=1e-2))
+    with caplog.at_level(logging.WARNING):
+        history = trainer.fit(loader(200), 10, on_epoch_end=spoil)
+    (warning,) = [record.getMessage() for record in caplog.records]
+    accuracies = [record["train_accuracy"][-1] for record in history if record["stages"][-1] == 2]
+    assert max(accuracies) > 0.7 and accuracies[-1] < 0.4
+    expected = f"its training accuracy is {accuracies[-2]:.4f}, it was {max(accuracies):.4f}"
+    assert warning.endswith(f"stage 2 has collapsed: {expected}")
 
 
 # -- Bad arguments -----------------------------------------------------------------------------------------------------

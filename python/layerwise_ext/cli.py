@@ -24,7 +24,11 @@ OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 MODES = ("joint", "local", "greedy", "decoupled")
 # Options of `train` that decide what is computed: a resumed run must have the same ones.
 DEFINING = ("data", "model", "width_multiplier", "downsampling", "head", "activation", "mode", "batch_size", "lr",
-            "optimizer", "dtype", "seed", "limit_train", "plain", "workers", "asynchronous", "buffer")  # fmt: skip
+            "optimizer", "dtype", "seed", "limit_train", "plain", "accumulate", "clip_norm", "ema_decay", "patience",
+            "blocks", "deep_supervision", "workers", "asynchronous", "buffer")  # fmt: skip
+# Options of `train` that only some modes have.
+OF_MODES = {"blocks": ("local",), "deep_supervision": ("joint", "local"), "checkpointing": ("joint",),
+            "workers": ("decoupled",), "asynchronous": ("decoupled",), "buffer": ("decoupled",)}  # fmt: skip
 # Of models.vgg, which is not imported for --help.
 HEADS = (
     "pooled_linear",
@@ -85,6 +89,16 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--batch-size", type=_positive(int), default=128)
     train.add_argument("--lr", type=_positive(float), default=5e-4)
     train.add_argument("--optimizer", choices=("adam", "sgd"), default="adam")
+    train.add_argument("--accumulate", type=_positive(int), default=1, metavar="N", help="batches to an update")
+    train.add_argument("--clip-norm", type=_positive(float), help="largest norm of the gradients of an optimiser")
+    train.add_argument("--ema-decay", type=_positive(float), help="test averaged weights, with this decay")
+    train.add_argument("--patience", type=_positive(int), metavar="N",
+                       help="end a stage after N epochs without a smaller test loss, and go back to the best one; "
+                       "accuracies are then those of weights that were chosen on the test images")  # fmt: skip
+    train.add_argument("--blocks", help="local: stages that are trained jointly, such as 2,2,1")
+    train.add_argument("--deep-supervision", type=_positive(float), metavar="WEIGHT",
+                       help="joint, or local with --blocks: of the hidden heads' losses")  # fmt: skip
+    train.add_argument("--checkpointing", action="store_true", help="joint: run stages again in the backward pass")
     train.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast")
     train.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     train.add_argument("--cuda-graph", action="store_true", help="run each step as a CUDA graph (see Trainer)")
@@ -160,17 +174,13 @@ def _set_threads(threads: int | None) -> None:
 def _train(arguments: argparse.Namespace) -> int:
     from layerwise_ext import data
 
-    if arguments.mode == "joint" and arguments.head != "pooled_linear":
+    if arguments.mode == "joint" and arguments.head != "pooled_linear" and arguments.deep_supervision is None:
         raise UsageError(f"--head is {arguments.head!r}, but --mode joint has no local losses; leave it out")
-    for name, mode, needed in (
-        ("workers", arguments.mode, "decoupled"),
-        ("asynchronous", arguments.mode, "decoupled"),
-        ("buffer", arguments.asynchronous, True),
-    ):
-        if getattr(arguments, name) is not None and mode != needed:
-            raise UsageError(
-                f"--{name} is for --mode decoupled{' --asynchronous' if name == 'buffer' else ''}; leave it out"
-            )
+    for name, modes in OF_MODES.items():
+        if getattr(arguments, name) and arguments.mode not in modes:
+            raise UsageError(f"{_option(name)} is for --mode {' or '.join(modes)}, not {arguments.mode}")
+    if arguments.buffer is not None and not arguments.asynchronous:
+        raise UsageError("--buffer is for --mode decoupled --asynchronous; leave it out")
     output = arguments.output or Path("runs") / _run_name(arguments)
     settings = {name: getattr(arguments, name) for name in DEFINING}
     _check_run_folder(output, settings, arguments.resume)
@@ -198,6 +208,10 @@ def _run_name(arguments: argparse.Namespace) -> str:
     return "-".join(parts)
 
 
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def _check_run_folder(output: Path, settings: dict[str, Any], resume: bool) -> None:
     config_path, checkpoint_path = output / "config.json", output / "checkpoint.pt"
     if not resume:
@@ -212,8 +226,8 @@ def _check_run_folder(output: Path, settings: dict[str, Any], resume: bool) -> N
         raise UsageError(f"--resume: {config_path} is not JSON ({error})") from error
     for name, value in settings.items():
         if saved.get(name) != value:
-            option = "--" + name.replace("_", "-")
-            raise UsageError(f"--resume: {option} is {value!r}, but the run in {output} has {saved.get(name)!r}")
+            found = saved.get(name)
+            raise UsageError(f"--resume: {_option(name)} is {value!r}, but the run in {output} has {found!r}")
 
 
 def _model(arguments: argparse.Namespace, shape: tuple[int, ...]) -> StagedModel:
@@ -269,11 +283,16 @@ def _trainer(arguments: argparse.Namespace, model: StagedModel) -> Trainer:
         "greedy": train.GreedyTrainer,
         "decoupled": train.DecoupledTrainer,
     }
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {name: getattr(arguments, name) for name in OF_MODES if getattr(arguments, name)}
     if arguments.mode == "decoupled":
-        options = {"workers": arguments.workers or 2, "asynchronous": bool(arguments.asynchronous)}
-        if arguments.buffer is not None:
-            options["buffer"] = arguments.buffer
+        options.setdefault("workers", 2)
+    try:
+        if "blocks" in options:
+            options["blocks"] = [int(size) for size in arguments.blocks.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--blocks is {arguments.blocks!r}; numbers of stages such as 2,2,1 are allowed") from error
+    if arguments.patience is not None:
+        options["early_stopping"] = train.EarlyStopping(arguments.patience)
     try:
         return kinds[arguments.mode](
             model,
@@ -282,6 +301,9 @@ def _trainer(arguments: argparse.Namespace, model: StagedModel) -> Trainer:
             autocast_dtype=torch.bfloat16 if arguments.dtype == "bfloat16" else None,
             seed=arguments.seed,
             cuda_graph=arguments.cuda_graph,
+            accumulate=arguments.accumulate,
+            clip_norm=arguments.clip_norm,
+            ema_decay=arguments.ema_decay,
             **options,
         )
     except ValueError as error:

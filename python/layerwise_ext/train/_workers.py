@@ -143,7 +143,7 @@ class Part(LocalTrainer):
         record = super()._train_epoch(loader)
         if self._outgoing is not None:
             self._outgoing.finish()
-        return {**record, "samples": self._samples}
+        return {**record, "samples": self._samples, "classes": self._classes}
 
     def _epoch_batches(self, loader: Batches) -> tuple[Batches, int | None]:
         if self.incoming is None and self._replicas > 1:

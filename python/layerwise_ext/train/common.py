@@ -1,8 +1,7 @@
-"""What all trainers share: the loop over epochs, the step of an optimiser, checkpoints."""
+"""What all trainers share: the loop over epochs and the step of an optimiser."""
 
 from __future__ import annotations
 
-import copy
 import itertools
 import logging
 import math
@@ -10,39 +9,35 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
 from layerwise_ext import _graphs
 from layerwise_ext.nn import LocalStage
-from layerwise_ext.train import precision, random_state
+from layerwise_ext.train import optimizers, precision, random_state
 from layerwise_ext.train.callbacks import Callback, FunctionCallback
 from layerwise_ext.train.early_stopping import EarlyStopping, Watch
 from layerwise_ext.train.ema import AveragedStage
 from layerwise_ext.train.evaluation import Batches, Evaluator
-from layerwise_ext.train.metrics import Metrics, Record, StepResult, summary
+from layerwise_ext.train.metrics import Metrics, Record, StepResult, collapses, step_result, summary
+from layerwise_ext.train.optimizers import OptimizerFactory, SchedulerFactory
+from layerwise_ext.train.resumable import Resumable
 
 logger = logging.getLogger(__name__)
-
-OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler]
-T = TypeVar("T")
 
 # Seconds between two readings of the running loss for the progress bar; each one waits for the device.
 _PROGRESS_INTERVAL = 2.0
 
 
-def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The paper's optimiser (arXiv 1901.06656): Adam at 5e-4."""
-    return torch.optim.Adam(parameters, lr=5e-4)
-
-
-class Trainer(Evaluator):
+class Trainer(Resumable, Evaluator):
     """Base class of the trainers; a subclass says which parameters share an optimiser and what a step is.
+
+    The log warns of losses that are not finite, and once when a stage collapses: when its training accuracy falls below
+    half of what its best one was above chance.
 
     Args:
         stages: a :class:`~layerwise_ext.models.StagedModel` or a list of :class:`~layerwise_ext.nn.LocalStage`; the
@@ -89,7 +84,7 @@ class Trainer(Evaluator):
     def __init__(
         self,
         stages: Iterable[LocalStage],
-        optimizer: OptimizerFactory | Sequence[OptimizerFactory] = adam,
+        optimizer: OptimizerFactory | Sequence[OptimizerFactory] = optimizers.adam,
         *,
         scheduler: SchedulerFactory | Sequence[SchedulerFactory] | None = None,
         device: torch.device | str | None = None,
@@ -109,6 +104,8 @@ class Trainer(Evaluator):
             raise ValueError(f"accumulate is {accumulate}; allowed: 1 or more batches")
         if clip_norm is not None and not 0 < clip_norm < math.inf:
             raise ValueError(f"clip_norm is {clip_norm}; allowed: a positive number, None")
+        if ema_decay is not None and not 0 < ema_decay < 1:
+            raise ValueError(f"ema_decay is {ema_decay}; allowed: above 0 and below 1, None")
         if cuda_graph and accumulate > 1:
             raise ValueError(f"cuda_graph=True needs accumulate=1, got {accumulate}: a graph is a whole update")
         if device is None:
@@ -131,20 +128,17 @@ class Trainer(Evaluator):
         self._averages = [] if ema_decay is None else [AveragedStage(stage, ema_decay) for stage in self.stages]
         self.generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
         groups = [[p for p in group if p.requires_grad] for group in self._parameter_groups()]
-        makers = _one_each("optimizer", optimizer, len(groups))
-        self.optimizers = [make(group) for make, group in zip(makers, groups, strict=True)]
+        self.optimizers = optimizers.make("optimizer", optimizer, groups)
         self._captured = _graphs.CapturedFunction(self._step, self._settings) if cuda_graph else None
         self._reset_capture()
-        self.schedulers: list[LRScheduler] = []
-        if scheduler is not None:
-            schedules = _one_each("scheduler", scheduler, len(groups))
-            self.schedulers = [make(o) for make, o in zip(schedules, self.optimizers, strict=True)]
+        self.schedulers = [] if scheduler is None else optimizers.make("scheduler", scheduler, self.optimizers)
         if any(isinstance(s, ReduceLROnPlateau) for s in self.schedulers):
             raise ValueError("scheduler is ReduceLROnPlateau, which needs a metric; use one that is stepped per epoch")
         self.early_stopping = early_stopping
         self._watches = [] if early_stopping is None else [Watch(early_stopping) for _ in groups]
         self.epoch = 0
         self.history: list[Record] = []
+        self._classes: list[int | None] = []
         self._saved_random_state: dict[str, Any] | None = None
         self._loader: Any = None
 
@@ -156,8 +150,13 @@ class Trainer(Evaluator):
             target: ``[N]`` int64.
             weight: of the losses, where the gradients of several batches are added up.
             update: False leaves parameters as they are and adds the gradients to those of the next call.
+
+        Raises:
+            ValueError: ``weight`` or ``update`` with ``cuda_graph``.
         """
-        if self._captured is None or weight != 1.0 or not update:
+        if self._captured is not None and (weight != 1.0 or not update):
+            raise ValueError("cuda_graph=True needs weight=1 and update=True: a graph is a whole update")
+        if self._captured is None:
             result = self._step(x, target, weight, update)
         else:
             result = StepResult(*(t.clone() for t in self._captured(x, target)))  # the graph overwrites its own
@@ -174,6 +173,11 @@ class Trainer(Evaluator):
     @abstractmethod
     def _step(self, x: Tensor, target: Tensor, weight: float = 1.0, update: bool = True) -> StepResult:
         """What :meth:`step` does, kernel by kernel."""
+
+    def _result(self, losses: list[Tensor], logits: list[Tensor | None], target: Tensor) -> StepResult:
+        """Of the trained stages; remembers how many classes each one tells apart."""
+        self._classes = [None if t is None else t.shape[1] for t in logits]
+        return step_result(losses, logits, target)
 
     def _backward(self, loss: Tensor, weight: float) -> None:
         self._scaler.scale(loss if weight == 1.0 else loss * weight).backward()
@@ -311,8 +315,24 @@ class Trainer(Evaluator):
         self._count_epoch()
         self.history.append(record)
         logger.info("epoch %d: %s", record["epoch"], summary(record))
+        self._warn_of_collapse(record)
         for callback in callbacks:
             callback.on_epoch_end(self, record)
+
+    def _warn_of_collapse(self, record: Record) -> None:
+        for stage, classes in zip(record["stages"], self._classes, strict=True):
+            if classes is None:
+                continue
+            epochs = [each for each in self.history if stage in each["stages"]]
+            accuracies = [each["train_accuracy"][each["stages"].index(stage)] for each in epochs]
+            if collapses(accuracies, classes):
+                logger.warning(
+                    "epoch %d: stage %d has collapsed: its training accuracy is %.4f, it was %.4f",
+                    record["epoch"],
+                    stage,
+                    accuracies[-1],
+                    max(accuracies),
+                )
 
     def _stop_early(self, values: dict[int, float]) -> None:
         """Judge the current epoch by the metric of each stage."""
@@ -373,84 +393,6 @@ class Trainer(Evaluator):
             for i, (images, target) in enumerate(group):
                 is_last = i == len(group) - 1
                 yield self.step(images, target, weight=samples[i] / sum(samples), update=is_last), samples[i]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that :meth:`load_state_dict` needs to go on as if :meth:`fit` had not stopped.
-
-        Tensors, numbers, strings, lists and dictionaries only, so ``torch.load(weights_only=True)`` reads it. Holds the
-        state of torch's global generators and of the loader's, not Python's or NumPy's: augmentation that draws from
-        those must be seeded by the caller. The tensors are the live ones, as in any state_dict.
-        """
-        return {
-            "trainer": type(self).__name__,
-            "epoch": self.epoch,
-            "history": copy.deepcopy(self.history),
-            "stages": [stage.state_dict() for stage in self.stages],
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
-            "averages": [average.state_dict() for average in self._averages],
-            "early_stopping": [watch.state_dict() for watch in self._watches],
-            "scaler": self._scaler.state_dict(),
-            "generator": self.generator.get_state(),
-            "random_state": self._random_state(),
-        }
-
-    def _random_state(self) -> dict[str, Any] | None:
-        """None before the first fit: nothing has depended on the generators yet."""
-        if self._saved_random_state is not None or self._loader is None:
-            return self._saved_random_state
-        return random_state.capture(self._loader, self.device)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict` into a trainer made with the same arguments.
-
-        The global and the loader's generators are set when :meth:`fit` next starts.
-
-        Raises:
-            ValueError: the state is of another trainer, or of another number of stages, optimisers or schedulers.
-        """
-        if state["trainer"] != type(self).__name__:
-            raise ValueError(f"the state is of a {state['trainer']}; this is a {type(self).__name__}")
-        for name in ("stages", "optimizers", "schedulers"):
-            found, expected = len(state[name]), len(getattr(self, name))
-            if found != expected:
-                raise ValueError(f"the state has {found} {name}; this trainer has {expected}")
-        for option, found, own in (
-            ("early_stopping", state["early_stopping"], self._watches),
-            ("ema_decay", state["averages"], self._averages),
-            ("autocast_dtype=torch.float16", state["scaler"], self._scaler.is_enabled()),
-        ):
-            if bool(found) != bool(own):
-                has, lacks = ("the state", "this trainer") if found else ("this trainer", "the state")
-                raise ValueError(f"{has} has {option}; {lacks} has not")
-        for stage, stage_state in zip(self.stages, state["stages"], strict=True):
-            stage.load_state_dict(stage_state)
-        # Optimisers keep the tensors they are given: without the copy, two trainers would share their moments.
-        for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
-            capturable = _graphs.capturable(optimizer)  # of this trainer, whatever the one before ran on
-            optimizer.load_state_dict(copy.deepcopy(optimizer_state))
-            _graphs.set_capturable(optimizer, capturable)
-        self._reset_capture()
-        for scheduler, scheduler_state in zip(self.schedulers, state["schedulers"], strict=True):
-            scheduler.load_state_dict(scheduler_state)
-        for average, average_state in zip(self._averages, state["averages"], strict=True):
-            average.load_state_dict(average_state)
-        for watch, watch_state in zip(self._watches, state["early_stopping"], strict=True):
-            watch.load_state_dict(watch_state)
-        self._scaler.load_state_dict(state["scaler"])
-        self.generator.set_state(state["generator"])
-        self.epoch = state["epoch"]
-        self.history = copy.deepcopy(state["history"])
-        self._saved_random_state = state["random_state"]
-
-
-def _one_each(name: str, factory: T | Sequence[T], count: int) -> list[T]:
-    """A factory for each optimiser."""
-    if not isinstance(factory, Sequence):
-        return [factory] * count
-    if len(factory) != count:
-        raise ValueError(f"{name} is a sequence of {len(factory)}; this trainer has {count} optimisers")
-    return list(factory)
 
 
 def length(loader: Batches) -> int | None:

@@ -14,10 +14,11 @@ from layerwise_ext.nn import LocalStage
 from layerwise_ext.train import random_state
 from layerwise_ext.train._workers import Job, Layout, Members, Part, Processes, State
 from layerwise_ext.train.callbacks import Callback
-from layerwise_ext.train.common import OptimizerFactory, Trainer, adam, length
+from layerwise_ext.train.common import Trainer, length
 from layerwise_ext.train.evaluation import Batches
 from layerwise_ext.train.local import LocalTrainer
 from layerwise_ext.train.metrics import Record
+from layerwise_ext.train.optimizers import OptimizerFactory, adam
 
 
 class DecoupledTrainer(LocalTrainer):
@@ -146,6 +147,7 @@ class DecoupledTrainer(LocalTrainer):
         states = self._processes.epoch([self._state_of(rank, now) for rank in ranks])
         self._take(states, loader)
         records = [state["history"][-1] for state in states]
+        self._classes = [classes for record in records[:: self.layout.replicas] for classes in record["classes"]]
         return {
             "epoch": self.epoch + 1,
             "stages": self._reported(),

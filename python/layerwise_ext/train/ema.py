@@ -14,14 +14,9 @@ class AveragedStage(AveragedModel):
 
     Buffers, running statistics among them, are those of the stage. The number of updates is kept on the CPU, so that
     looking at it does not wait for the device.
-
-    Raises:
-        ValueError: ``decay`` is not between 0 and 1.
     """
 
     def __init__(self, stage: LocalStage, decay: float) -> None:
-        if not 0 < decay < 1:
-            raise ValueError(f"ema_decay is {decay}; allowed: above 0 and below 1, None")
         super().__init__(stage, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
     def of(self, stage: LocalStage) -> LocalStage:

@@ -16,7 +16,7 @@ from layerwise_ext.train.common import Trainer, length
 from layerwise_ext.train.evaluation import Batches
 from layerwise_ext.train.feature_cache import FeatureCache
 from layerwise_ext.train.feature_file import FeatureFileError
-from layerwise_ext.train.metrics import StepResult, step_result
+from layerwise_ext.train.metrics import StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class GreedyTrainer(Trainer):
         self._backward(loss, weight)
         if update:
             self._update(self.stage)
-        return step_result([loss], [logits], target)
+        return self._result([loss], [logits], target)
 
     def _parameter_groups(self) -> list[list[nn.Parameter]]:
         return [list(stage.parameters()) for stage in self.stages]

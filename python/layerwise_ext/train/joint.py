@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from layerwise_ext.nn import LocalStage
 from layerwise_ext.train.blocks import make_blocks
 from layerwise_ext.train.common import Trainer
-from layerwise_ext.train.metrics import StepResult, step_result
+from layerwise_ext.train.metrics import StepResult
 
 
 class JointTrainer(Trainer):
@@ -54,7 +54,7 @@ class JointTrainer(Trainer):
         self._backward(output.loss, weight)
         if update:
             self._update(0)
-        return step_result(output.losses, output.logits, target)
+        return self._result(output.losses, output.logits, target)
 
     def _parameter_groups(self) -> list[list[nn.Parameter]]:
         return [block.parameters() for block in self._blocks]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from layerwise_ext.nn import LocalStage
 from layerwise_ext.train.blocks import make_blocks
 from layerwise_ext.train.common import Trainer
-from layerwise_ext.train.metrics import StepResult, step_result
+from layerwise_ext.train.metrics import StepResult
 
 
 class LocalTrainer(Trainer):
@@ -36,7 +36,8 @@ class LocalTrainer(Trainer):
 
     Raises:
         ValueError: a stage with ``detach=False`` where the trainer has ``detach=True``; ``blocks`` with
-            ``detach=False`` or of other sizes; weights as in :class:`JointTrainer`.
+            ``detach=False`` or of other sizes; ``deep_supervision`` without ``blocks``, weights as in
+            :class:`JointTrainer`.
     """
 
     def __init__(
@@ -51,6 +52,8 @@ class LocalTrainer(Trainer):
         stages = list(stages)
         if blocks is not None and not detach:
             raise ValueError("blocks with detach=False: no gradient crosses a block; leave one of the two out")
+        if deep_supervision is not None and blocks is None:
+            raise ValueError(f"deep_supervision is {deep_supervision} without blocks: there are no hidden heads")
         self.detach = detach
         self._blocks = make_blocks(stages, [1] * len(stages) if blocks is None else blocks, deep_supervision)
         super().__init__(stages, *args, **kwargs)
@@ -82,7 +85,7 @@ class LocalTrainer(Trainer):
             x = output.features
             losses += [loss.detach() for loss in output.losses]
             logits += [None if t is None else t.detach() for t in output.logits]
-        return x, step_result(losses, logits, target)
+        return x, self._result(losses, logits, target)
 
     def _connected_step(self, x: Tensor, target: Tensor, weight: float, update: bool) -> StepResult:
         losses, logits, image = [], [], x
@@ -97,7 +100,7 @@ class LocalTrainer(Trainer):
                 optimizer.zero_grad(set_to_none=True)
             else:
                 self._update(group)
-        return step_result(losses, logits, target)
+        return self._result(losses, logits, target)
 
     def _parameter_groups(self) -> list[list[nn.Parameter]]:
         return [block.parameters() for block in self._blocks]

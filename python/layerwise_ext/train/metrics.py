@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +51,23 @@ def step_result(losses: list[Tensor], logits: list[Tensor | None], target: Tenso
         missing = torch.full_like(target, float("nan"), dtype=torch.float64)
         correct = torch.stack([missing if t is None else t.double() for t in hits]).sum(dim=1)
         return StepResult(torch.stack(losses).detach(), correct)
+
+
+def collapses(accuracies: Sequence[float], classes: int) -> bool:
+    """Whether the last of a stage's accuracies, epoch for epoch, is the first one of a collapse.
+
+    A stage has collapsed that has lost more than half of what its best accuracy so far was above chance (1/classes),
+    where that was clearly above: three times chance, or half of the way from chance to 1.
+    """
+    chance = 1 / classes
+
+    def has_collapsed(epoch: int) -> bool:
+        best = max(accuracies[:epoch], default=chance)
+        is_clear = best >= min(3 * chance, (1 + chance) / 2)
+        return is_clear and accuracies[epoch] - chance < (best - chance) / 2
+
+    last = len(accuracies) - 1
+    return has_collapsed(last) and not has_collapsed(last - 1)
 
 
 def summary(record: Record) -> str:
