@@ -17,6 +17,7 @@ if not BENCHMARKS.is_dir():
 sys.path.insert(0, str(BENCHMARKS))
 
 import bench_chain  # noqa: E402
+import bench_decoupled  # noqa: E402
 import bench_local  # noqa: E402
 import bench_model  # noqa: E402
 import bench_stage  # noqa: E402
@@ -176,6 +177,26 @@ def test_only_a_complete_run_of_local_training_writes_the_published_file():
     for wrong in (["--batch", "0"], ["--width", "-1"], ["--threads", "0"]):
         with pytest.raises(SystemExit):
             bench_local.parse(wrong)
+
+
+def test_decoupled_training(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_decoupled, "QUICK", bench_decoupled.Sampling(1, 1, 2))
+    output = tmp_path / "result.json"
+    options = ["--quick", "--batch", "4", "--width", "0.0625", "--dtypes", "fp32", "--head", "pred"]
+    assert bench_decoupled.main([*options, "--output", str(output)]) == 0
+    (entry,) = json.loads(output.read_text())["cases"]
+    assert len(entry["partition"]) == 2 and sum(entry["partition"]) == len(entry["stage_milliseconds"]) == 7
+    assert 1 < entry["speed_at_best"] <= 2
+    assert len(entry["speed"]) == 4 and entry["speed"][bench_decoupled.ONE]["median"] == 1.0
+    assert entry["speed"].keys() == entry["steps_per_second"].keys()
+
+
+def test_stages_are_cut_where_the_slowest_worker_has_least_to_do():
+    assert bench_decoupled.best_partition([5, 1, 1, 1, 1], 2) == (1, 4)
+    assert bench_decoupled.best_partition([1, 1, 1, 3], 2) == (3, 1)
+    assert bench_decoupled.best_partition([2, 2, 1, 1, 2], 3) == (1, 2, 2)
+    assert bench_decoupled.parse([]).output.name == "bench_decoupled-cpu.json"
+    assert bench_decoupled.parse(["--workers", "3"]).output.name == "bench_decoupled-cpu-partial.json"
 
 
 @pytest.mark.parametrize("text", ["", "1,2,3", "8,4,16,64,2,1,1,1", "8,4,16,64,0", "8,4,x,64,2", "8,4,16,4,5"])

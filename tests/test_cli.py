@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 import layerwise_ext as lw
 import pytest
 import torch
-from layerwise_ext import checkpoint, cli, data, models
+from layerwise_ext import checkpoint, cli, data, demo, models
 from PIL import Image
 
 TINY = [
@@ -45,7 +46,7 @@ def same(first: Path, second: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("mode", cli.MODES)
+@pytest.mark.parametrize("mode", ["joint", "local", "greedy"])
 def test_train_and_resume_equal_one_run(tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(tmp_path / "whole", "--mode", mode, "--epochs", "2") == 0
     assert "test accuracy 0." in capsys.readouterr().out
@@ -57,6 +58,20 @@ def test_train_and_resume_equal_one_run(tmp_path: Path, mode: str, capsys: pytes
     assert {row["epoch"] for row in rows} >= {"1", "2"}
     assert all(0 <= float(row["test_accuracy"]) <= 1 for row in rows)
     assert not list(tmp_path.glob("*/.*.tmp"))
+
+
+def test_decoupled_training_equals_local_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(tmp_path / "local", "--epochs", "2", "--threads", "1") == 0
+    decoupled = ["--mode", "decoupled", "--workers", "2", "--threads", "1"]
+    assert train(tmp_path / "decoupled", *decoupled, "--epochs", "2") == 0
+    assert same(tmp_path / "local", tmp_path / "decoupled")
+    command = [*TINY, "--output", str(tmp_path / "decoupled"), "--mode", "decoupled", "--resume"]
+    assert "--workers is 3, but the run in" in refused(capsys, *command, "--workers", "3")
+    assert "--workers is for --mode decoupled, not local" in refused(capsys, *TINY, "--workers", "2")
+    assert "--buffer is for --mode decoupled --asynchronous" in refused(capsys, *command, "--buffer", "2")
+    assert "workers is 9; allowed: 1 to 3" in refused(
+        capsys, *TINY, "--output", str(tmp_path / "new"), "--mode", "decoupled", "--workers", "9"
+    )
 
 
 def test_plain_layers_train_alike(tmp_path: Path) -> None:
@@ -100,6 +115,45 @@ def test_networks_and_schedules(tmp_path: Path, options: list[str], capsys: pyte
         in refused(capsys, *TINY, *options[:2], "--output", str(tmp_path / "run"), "--resume")
         or "--downsampling" not in options
     )
+
+
+@pytest.mark.parametrize(("mode", "options"), [
+    ("local", ["--blocks", "2,1", "--deep-supervision", "0.3", "--clip-norm", "1", "--ema-decay", "0.9"]),
+    ("joint", ["--deep-supervision", "0.3", "--head", "predsim", "--checkpointing", "--accumulate", "2"]),
+])  # fmt: skip
+def test_options_of_the_trainers(tmp_path: Path, mode: str, options: list[str]) -> None:
+    assert train(tmp_path / "whole", "--mode", mode, "--epochs", "2", *options) == 0
+    assert train(tmp_path / "usual", "--mode", mode, "--epochs", "2") == 0
+    assert not same(tmp_path / "whole", tmp_path / "usual")
+    rows = list(csv.DictReader((tmp_path / "whole" / "metrics.csv").open()))
+    assert {row["stage"] for row in rows} == {"0", "1", "2"}
+    assert len(rows) == 6
+    assert train(tmp_path / "parts", "--mode", mode, "--epochs", "1", *options) == 0
+    assert train(tmp_path / "parts", "--mode", mode, "--epochs", "2", *options, "--resume") == 0
+    assert same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_patience(tmp_path: Path) -> None:
+    """Each stage ends with the first epoch that is no better than the one before it."""
+    assert train(tmp_path / "run", "--mode", "greedy", "--epochs", "30", "--patience", "1", "--lr", "0.1") == 0
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
+    for stage in "012":
+        losses = [float(row["test_loss"]) for row in rows if row["stage"] == stage]
+        assert 1 < len(losses) < 30
+        assert [b < a for a, b in itertools.pairwise(losses)] == [True] * (len(losses) - 2) + [False]
+
+
+def test_options_of_other_modes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = [*TINY, "--output", str(tmp_path / "run")]
+    assert "--blocks is for --mode local, not joint" in refused(capsys, *run, "--mode", "joint", "--blocks", "2,1")
+    message = refused(capsys, *run, "--mode", "greedy", "--deep-supervision", "1")
+    assert "--deep-supervision is for --mode joint or local, not greedy" in message
+    assert "--checkpointing is for --mode joint, not local" in refused(capsys, *run, "--checkpointing")
+    assert "--blocks is '2,x'; numbers of stages such as" in refused(capsys, *run, "--blocks", "2,x")
+    assert "deep_supervision is 1.0 without blocks" in refused(capsys, *run, "--deep-supervision", "1")
+    assert "add up to the 3 stages" in refused(capsys, *run, "--blocks", "2,2")
+    assert "ema_decay is 2.0; allowed: above 0 and below 1" in refused(capsys, *run, "--ema-decay", "2")
+    assert not (tmp_path / "run").exists()
 
 
 def test_schedules_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -320,7 +374,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["demo", "--quick", "--output", str(tmp_path)]) == 0
     table = capsys.readouterr().out
     assert [line.split()[:2] for line in table.splitlines()[2:8]] == [
-        [mode, layers] for mode in cli.MODES for layers in ("fused", "plain")
+        [mode, layers] for mode in demo.MODES for layers in ("fused", "plain")
     ]
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((tmp_path / "demo.json").read_text())["results"]

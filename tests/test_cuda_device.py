@@ -134,6 +134,14 @@ def test_trainers_in_graphs(kind: type[lw.train.Trainer], dtype: torch.dtype | N
         torch.testing.assert_close(ours, theirs, **tolerance)
 
 
+@pytest.mark.parametrize("kind", [lw.train.LocalTrainer, lw.train.GreedyTrainer, lw.train.JointTrainer])
+def test_trainers_in_float16(kind: type[lw.train.Trainer]) -> None:
+    trainer, weights = fit(kind, False, torch.float16)
+    assert all(t.isfinite().all() for t in weights)
+    assert trainer.history[-1]["train_loss"][-1] < trainer.history[0]["train_loss"][0]
+    assert trainer._scaler.get_scale() <= 2.0**16
+
+
 @pytest.mark.parametrize("head", HEADS)
 def test_a_stage_in_a_graph(head: str) -> None:
     module = stage(head=head)

@@ -10,7 +10,7 @@ import torch
 from graph_recorder import recorded_graphs  # noqa: F401  # a fixture
 from layerwise_ext import _graphs
 from layerwise_ext.nn import ConvBNReLU2d, LocalStage, PooledLinearHead
-from layerwise_ext.train import GreedyTrainer, JointTrainer, LocalTrainer, Trainer
+from layerwise_ext.train import EarlyStopping, GreedyTrainer, JointTrainer, LocalTrainer, Trainer
 from test_train import TOLERANCE, TRAINERS, adam, loader, network, sgd, snapshot, trainer_for
 from torch import Tensor, nn
 
@@ -47,6 +47,33 @@ def test_a_captured_run_is_the_run(kind: type[Trainer]) -> None:
 
 
 @pytest.mark.parametrize("kind", TRAINERS)
+def test_options_of_a_captured_run(kind: type[Trainer]) -> None:
+    options: dict[str, Any] = {"clip_norm": 0.05, "ema_decay": 0.8}
+    if kind is JointTrainer:
+        options["deep_supervision"] = 0.5
+    if kind is LocalTrainer:
+        options["blocks"] = [1, 2]
+    eager, expected = run(kind, False, **options)
+    captured, actual = run(kind, True, **options)
+    torch.testing.assert_close(actual, expected, **TOLERANCE)
+    averages = [snapshot(nn.ModuleList(trainer.ema_stages)) for trainer in (captured, eager)]
+    torch.testing.assert_close(*averages, **TOLERANCE)
+    assert captured._captured is not None and captured._captured.replays > 0
+
+
+def test_a_stage_that_has_stopped_is_captured_anew() -> None:
+    states = []
+    for cuda_graph in (False, True):
+        trainer = trainer_for(LocalTrainer, network(), cuda_graph=cuda_graph, early_stopping=EarlyStopping(3))
+        batches = loader(samples=60, batch_size=8)
+        trainer.fit(batches, 1, batches)
+        trainer._watches[1].stopped = True
+        trainer.fit(batches, 3, batches)
+        states.append(weights(trainer))
+    torch.testing.assert_close(states[1], states[0], **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
 def test_a_captured_run_goes_on_from_a_checkpoint(kind: type[Trainer]) -> None:
     """Loading puts other tensors into the optimisers: a graph of the old ones would go on with those."""
     _, expected = run(kind, True)
@@ -67,6 +94,13 @@ def test_results_of_a_step_stay() -> None:
     results = [trainer.step(*batch) for _ in range(8)]
     expected = [peer.step(*batch) for _ in range(8)]
     torch.testing.assert_close(results, expected, **TOLERANCE)
+
+
+def test_a_graph_is_a_whole_update() -> None:
+    trainer = trainer_for(LocalTrainer, network(), cuda_graph=True)
+    for options in ({"update": False}, {"weight": 0.5}):
+        with pytest.raises(ValueError, match="cuda_graph=True needs weight=1 and update=True"):
+            trainer.step(*next(iter(loader())), **options)
 
 
 def test_another_shape_that_stays_is_captured_anew() -> None:

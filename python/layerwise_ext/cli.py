@@ -23,12 +23,16 @@ if TYPE_CHECKING:  # torch takes seconds to import; --help should not
     from layerwise_ext.train import Trainer
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
-MODES = ("joint", "local", "greedy")
+MODES = ("joint", "local", "greedy", "decoupled")
 INITS = ("default", "lsuv", "data_dependent")
 # Options of `train` that decide what is computed: a resumed run must have the same ones.
 DEFINING = ("data", "model", "width_multiplier", "downsampling", "head", "activation", "init", "mode", "batch_size",
             "lr", "optimizer", "dtype", "seed", "limit_train", "plain", "image_size", "augment", "cutout",
-            "classes_per_batch")  # fmt: skip
+            "classes_per_batch", "accumulate", "clip_norm", "ema_decay", "patience", "blocks", "deep_supervision",
+            "workers", "asynchronous", "buffer")  # fmt: skip
+# Options of `train` that only some modes have.
+OF_MODES = {"blocks": ("local",), "deep_supervision": ("joint", "local"), "checkpointing": ("joint",),
+            "workers": ("decoupled",), "asynchronous": ("decoupled",), "buffer": ("decoupled",)}  # fmt: skip
 # Of data.NAMES, which is not imported for --help.
 DATA = (
     "digits",
@@ -107,6 +111,16 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--batch-size", type=_positive(int), default=128)
     train.add_argument("--lr", type=_positive(float), default=5e-4)
     train.add_argument("--optimizer", choices=("adam", "sgd"), default="adam")
+    train.add_argument("--accumulate", type=_positive(int), default=1, metavar="N", help="batches to an update")
+    train.add_argument("--clip-norm", type=_positive(float), help="largest norm of the gradients of an optimiser")
+    train.add_argument("--ema-decay", type=_positive(float), help="test averaged weights, with this decay")
+    train.add_argument("--patience", type=_positive(int), metavar="N",
+                       help="end a stage after N epochs without a smaller test loss, and go back to the best one; "
+                       "accuracies are then those of weights that were chosen on the test images")  # fmt: skip
+    train.add_argument("--blocks", help="local: stages that are trained jointly, such as 2,2,1")
+    train.add_argument("--deep-supervision", type=_positive(float), metavar="WEIGHT",
+                       help="joint, or local with --blocks: of the hidden heads' losses")  # fmt: skip
+    train.add_argument("--checkpointing", action="store_true", help="joint: run stages again in the backward pass")
     train.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast")
     train.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     train.add_argument("--cuda-graph", action="store_true", help="run each step as a CUDA graph (see Trainer)")
@@ -118,6 +132,9 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--cutout", type=_positive(int), metavar="N", help="cover a random square of NxN pixels")
     train.add_argument("--classes-per-batch", type=_positive(int), metavar="K",
                        help="images of exactly K classes in each batch")  # fmt: skip
+    train.add_argument("--workers", type=_positive(int), metavar="K", help="processes of --mode decoupled; default: 2")
+    train.add_argument("--asynchronous", action="store_true", default=None, help="for decoupled: from replay buffers")
+    train.add_argument("--buffer", type=_positive(int), metavar="N", help="batches in such a buffer; default: 16")
     train.add_argument("--plain", action="store_true", help="plain PyTorch layers instead of the fused ones")
     train.add_argument("--output", type=Path, help="run folder; default: runs/DATA-MODEL-MODE")
     train.add_argument("--resume", action="store_true", help="go on from the checkpoint in the run folder")
@@ -195,10 +212,15 @@ def _set_threads(threads: int | None) -> None:
 def _train(arguments: argparse.Namespace) -> int:
     from layerwise_ext import data
 
-    if arguments.mode == "joint" and arguments.head != "pooled_linear":
+    if arguments.mode == "joint" and arguments.head != "pooled_linear" and arguments.deep_supervision is None:
         raise UsageError(f"--head is {arguments.head!r}, but --mode joint has no local losses; leave it out")
     if arguments.data == "image-folder" and arguments.limit_train is not None:
         raise UsageError("--limit-train takes the first images, which in an image-folder are all of the first classes")
+    for name, modes in OF_MODES.items():
+        if getattr(arguments, name) and arguments.mode not in modes:
+            raise UsageError(f"{_option(name)} is for --mode {' or '.join(modes)}, not {arguments.mode}")
+    if arguments.buffer is not None and not arguments.asynchronous:
+        raise UsageError("--buffer is for --mode decoupled --asynchronous; leave it out")
     output = arguments.output or Path("runs") / _run_name(arguments)
     settings = {name: getattr(arguments, name) for name in DEFINING}
     _check_run_folder(output, settings, arguments.resume)
@@ -263,6 +285,10 @@ def _run_name(arguments: argparse.Namespace) -> str:
     return "-".join(parts)
 
 
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def _check_run_folder(output: Path, settings: dict[str, Any], resume: bool) -> None:
     config_path, checkpoint_path = output / "config.json", output / "checkpoint.pt"
     if not resume:
@@ -277,8 +303,8 @@ def _check_run_folder(output: Path, settings: dict[str, Any], resume: bool) -> N
         raise UsageError(f"--resume: {config_path} is not JSON ({error})") from error
     for name, value in settings.items():
         if saved.get(name) != value:
-            option = "--" + name.replace("_", "-")
-            raise UsageError(f"--resume: {option} is {value!r}, but the run in {output} has {saved.get(name)!r}")
+            found = saved.get(name)
+            raise UsageError(f"--resume: {_option(name)} is {value!r}, but the run in {output} has {found!r}")
 
 
 def _model(arguments: argparse.Namespace, shape: tuple[int, ...], num_classes: int) -> StagedModel:
@@ -339,7 +365,22 @@ def _trainer(arguments: argparse.Namespace, model: StagedModel) -> Trainer:
         "adam": lambda parameters: torch.optim.Adam(parameters, lr=arguments.lr),
         "sgd": lambda parameters: torch.optim.SGD(parameters, lr=arguments.lr, momentum=0.9),
     }
-    kinds = {"joint": train.JointTrainer, "local": train.LocalTrainer, "greedy": train.GreedyTrainer}
+    kinds = {
+        "joint": train.JointTrainer,
+        "local": train.LocalTrainer,
+        "greedy": train.GreedyTrainer,
+        "decoupled": train.DecoupledTrainer,
+    }
+    options: dict[str, Any] = {name: getattr(arguments, name) for name in OF_MODES if getattr(arguments, name)}
+    if arguments.mode == "decoupled":
+        options.setdefault("workers", 2)
+    try:
+        if "blocks" in options:
+            options["blocks"] = [int(size) for size in arguments.blocks.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--blocks is {arguments.blocks!r}; numbers of stages such as 2,2,1 are allowed") from error
+    if arguments.patience is not None:
+        options["early_stopping"] = train.EarlyStopping(arguments.patience)
     try:
         return kinds[arguments.mode](
             model,
@@ -348,6 +389,10 @@ def _trainer(arguments: argparse.Namespace, model: StagedModel) -> Trainer:
             autocast_dtype=torch.bfloat16 if arguments.dtype == "bfloat16" else None,
             seed=arguments.seed,
             cuda_graph=arguments.cuda_graph,
+            accumulate=arguments.accumulate,
+            clip_norm=arguments.clip_norm,
+            ema_decay=arguments.ema_decay,
+            **options,
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
@@ -375,6 +420,7 @@ def _fit(
     test_loader: Any,
 ) -> int:
     from layerwise_ext import checkpoint
+    from layerwise_ext.train import CSVLogger
 
     trainer = _trainer(arguments, model)
     checkpoint_path = output / "checkpoint.pt"
@@ -388,13 +434,13 @@ def _fit(
     checkpoint.write_text(output / "config.json", json.dumps(settings, indent=2) + "\n")
 
     def on_epoch_end(trainer: Trainer, record: dict[str, Any]) -> None:
-        _write_metrics(output / "metrics.csv", trainer.history)
         checkpoint.save(checkpoint_path, trainer.state_dict())
         print(_describe(record), flush=True)
 
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        trainer.fit(loader, arguments.epochs, test_loader, on_epoch_end)
+        table = CSVLogger(output / "metrics.csv", val_name="test")
+        trainer.fit(loader, arguments.epochs, test_loader, on_epoch_end, [table])
     except KeyboardInterrupt:
         print(f"\ninterrupted after epoch {trainer.epoch}; go on with the same command and --resume", file=sys.stderr)
         return INTERRUPTED
@@ -421,21 +467,6 @@ def _describe(record: dict[str, Any]) -> str:
 
 def _number(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.4f}"
-
-
-def _write_metrics(path: Path, history: list[dict[str, Any]]) -> None:
-    """One row per epoch and trained stage; the test columns are of the stage's own head, without a classifier nan."""
-    from layerwise_ext import checkpoint
-
-    with checkpoint.replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["epoch", "stage", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds"])
-        for record in history:
-            tested = len(record["val_loss"]) - len(record["stages"])  # greedy tests the frozen stages, too
-            for i, stage in enumerate(record["stages"]):
-                row = [record["train_loss"][i], record["train_accuracy"][i]]
-                row += [record["val_loss"][tested + i], record["val_accuracy"][tested + i], record["seconds"]]
-                writer.writerow([record["epoch"], stage, *row])
 
 
 # -- probe -------------------------------------------------------------------------------------------------------------

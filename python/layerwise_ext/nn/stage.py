@@ -99,23 +99,25 @@ class LocalStage(nn.Module):
         features: Tensor = self.body(x)
         return features if self.downsample is None else self.downsample(features)
 
-    def moments(self, x: Tensor, image: Tensor | None = None) -> tuple[Tensor, PooledMoments]:
+    def moments(
+        self, x: Tensor, image: Tensor | None = None, *, detach: bool | None = None
+    ) -> tuple[Tensor, PooledMoments]:
         """The features, and the moments over ``head.bins`` of the body's output.
 
-        Without ``downsample`` or without ``detach`` the features have their graph.
+        Without ``downsample`` or without ``detach``, by default the stage's own, the features have their graph.
         """
-        features, moments = self._moments(x)
+        features, moments = self._moments(x, self.detach if detach is None else detach)
         if self.head.needs_image:
             moments.image = x if image is None else image
         return features, moments
 
-    def _moments(self, x: Tensor) -> tuple[Tensor, PooledMoments]:
+    def _moments(self, x: Tensor, detach: bool) -> tuple[Tensor, PooledMoments]:
         body, head, downsample = self.body, self.head, self.downsample
         while type(body) is nn.Sequential and len(body):
             *first, body = body
             for module in first:
                 x = module(x)
-        if downsample is not None and self.detach and _may_skip_map(body, head):
+        if downsample is not None and detach and _may_skip_map(body, head):
             y, m1, m2 = body.forward_moments(
                 x, head.bins, head.second_moment, detached_downsample=(downsample.mode, downsample.factor)
             )
@@ -127,7 +129,7 @@ class LocalStage(nn.Module):
             y = body(x)
             moments = PooledMoments.of(y, head.bins, second_moment=head.second_moment)
         if downsample is not None:
-            y = downsample(y.detach() if self.detach else y)
+            y = downsample(y.detach() if detach else y)
         return y, moments
 
     def _replay(self, target: Tensor, *inputs: Tensor) -> StageOutput:

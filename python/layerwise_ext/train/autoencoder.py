@@ -18,8 +18,9 @@ from layerwise_ext import functional
 from layerwise_ext._modules import Layer, layers_of
 from layerwise_ext.nn import ConvBNReLU2d, LocalStage
 from layerwise_ext.train import random_state
-from layerwise_ext.train.common import OptimizerFactory, adam, length
+from layerwise_ext.train.common import length
 from layerwise_ext.train.feature_cache import FeatureCache
+from layerwise_ext.train.optimizers import OptimizerFactory, adam
 
 logger = logging.getLogger(__name__)
 

@@ -1,84 +1,56 @@
-"""What all trainers share: the loop over epochs, metrics, evaluation, checkpoints."""
+"""What all trainers share: the loop over epochs and the step of an optimiser."""
 
 from __future__ import annotations
 
-import copy
+import itertools
 import logging
 import math
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
 from layerwise_ext import _graphs
 from layerwise_ext.nn import LocalStage
-from layerwise_ext.train import random_state
+from layerwise_ext.train import optimizers, precision, random_state
+from layerwise_ext.train.callbacks import Callback, FunctionCallback
+from layerwise_ext.train.early_stopping import EarlyStopping, Watch
+from layerwise_ext.train.ema import AveragedStage
+from layerwise_ext.train.evaluation import Batches, Evaluator
+from layerwise_ext.train.metrics import Metrics, Record, StepResult, collapses, step_result, summary
+from layerwise_ext.train.optimizers import OptimizerFactory, SchedulerFactory
+from layerwise_ext.train.resumable import Resumable
 
 logger = logging.getLogger(__name__)
-
-# One epoch: "epoch" (from 1), "stages" (indices that the lists below are about), "train_loss", "train_accuracy", with a
-# val_loader also "val_loss" and "val_accuracy" (lists of floats), and "seconds" (training only).
-Record = dict[str, Any]
-Batches = Iterable[tuple[Tensor, Tensor]]
-OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler]
 
 # Seconds between two readings of the running loss for the progress bar; each one waits for the device.
 _PROGRESS_INTERVAL = 2.0
 
 
-class StepResult(NamedTuple):
-    """Of each trained stage, ``loss [S]`` and the number of ``correct [S]`` predictions (NaN where the head has no
-    classifier); tensors, not read back."""
-
-    loss: Tensor
-    correct: Tensor
-
-
-class Metrics:
-    """Loss and accuracy per stage over an epoch, accumulated on the device and read once."""
-
-    def __init__(self, stages: int, device: torch.device) -> None:
-        self._loss = torch.zeros(stages, dtype=torch.float64, device=device)
-        self._correct = torch.zeros(stages, dtype=torch.float64, device=device)
-        self.samples = 0
-
-    def update(self, result: StepResult, samples: int) -> None:
-        self._loss.add_(result.loss, alpha=samples)
-        self._correct.add_(result.correct)
-        self.samples += samples
-
-    def loss(self) -> list[float]:
-        """Mean per sample of each stage."""
-        return [value / self.samples for value in self._loss.tolist()]
-
-    def accuracy(self) -> list[float]:
-        """Between 0 and 1, of each stage; NaN where the head has no classifier."""
-        return [value / self.samples for value in self._correct.tolist()]
-
-
-def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The paper's optimiser (arXiv 1901.06656): Adam at 5e-4."""
-    return torch.optim.Adam(parameters, lr=5e-4)
-
-
-class Trainer(ABC):
+class Trainer(Resumable, Evaluator):
     """Base class of the trainers; a subclass says which parameters share an optimiser and what a step is.
+
+    The log warns of losses that are not finite, and once when a stage collapses: when its training accuracy falls below
+    half of what its best one was above chance.
 
     Args:
         stages: a :class:`~layerwise_ext.models.StagedModel` or a list of :class:`~layerwise_ext.nn.LocalStage`; the
             last one's head is the network's output. They are trained in place.
-        optimizer: makes an optimiser from a list of parameters; called once per group of parameters that are updated
-            together.
-        scheduler: makes a learning-rate scheduler from an optimiser, or None; stepped once per epoch of that optimiser.
+        optimizer: makes an optimiser from a list of parameters, or a sequence of such functions; one for each group of
+            parameters that are updated together: all of them in joint training, those of a stage otherwise.
+        scheduler: makes a learning-rate scheduler from an optimiser, a sequence of such functions, one for each
+            optimiser, or None; stepped once per epoch of that optimiser.
         device: where the stages are moved and the batches are sent; None: where the stages are.
-        autocast_dtype: torch.bfloat16 runs the forward passes under autocast; None: in the stages' own dtype.
+        autocast_dtype: torch.bfloat16 or, on a CUDA device, torch.float16 runs the forward passes under autocast; None:
+            in the stages' own dtype. With float16 losses are scaled by a :class:`torch.amp.GradScaler`, one for all
+            optimisers, which waits for the device once per step of an optimiser and skips those with gradients that are
+            not finite.
         seed: of the trainer's own generator, which only shuffles cached data; None: torch's initial seed. Parameters
             and the global generator are left as they are.
         progress: show a progress bar.
@@ -87,9 +59,22 @@ class Trainer(ABC):
             whole step, optimisers included (they are made ``capturable``), is captured at the fourth batch of one shape
             in a row, and again when a hyperparameter has changed; other batches, such as a last smaller one, run kernel
             by kernel. The stages must not wait for the device.
+        accumulate: number of batches to an update. The loss of each counts with its share of their samples, so that
+            losses that are means over samples have the gradient of one large batch; batch norm still normalises each
+            batch by itself. What is left at the end of an epoch is an update, too. The inputs of the batches to an
+            update are on the device together.
+        clip_norm: the largest 2-norm of the gradients of one optimiser; larger ones are scaled to it before the update.
+        ema_decay: keeps an exponential moving average of the weights of each stage, from its first update on, which
+            :meth:`evaluate` and :meth:`predict` use, with the running statistics of training. Where the training of a
+            stage ends, by early stopping or because the next one begins (greedy), the average becomes its weights.
+            Takes the memory of another network.
+        early_stopping: when to stop before the last epoch, each optimiser's stages for themselves. Needs a
+            ``val_loader``.
 
     Raises:
-        ValueError: (``cuda_graph``) stages that are not on a CUDA device, or a batch norm with ``momentum=None``.
+        ValueError: an argument out of range; a sequence of another length than there are optimisers; (``cuda_graph``)
+            stages that are not on a CUDA device, a batch norm with ``momentum=None``, ``accumulate`` above 1, float16;
+            float16 on another device.
 
     Attributes:
         epoch: number of finished epochs, over all stages.
@@ -99,59 +84,113 @@ class Trainer(ABC):
     def __init__(
         self,
         stages: Iterable[LocalStage],
-        optimizer: OptimizerFactory = adam,
+        optimizer: OptimizerFactory | Sequence[OptimizerFactory] = optimizers.adam,
         *,
-        scheduler: SchedulerFactory | None = None,
+        scheduler: SchedulerFactory | Sequence[SchedulerFactory] | None = None,
         device: torch.device | str | None = None,
         autocast_dtype: torch.dtype | None = None,
         seed: int | None = None,
         progress: bool = True,
         channels_last: bool = True,
         cuda_graph: bool = False,
+        accumulate: int = 1,
+        clip_norm: float | None = None,
+        ema_decay: float | None = None,
+        early_stopping: EarlyStopping | None = None,
     ) -> None:
         self.stages = list(stages)
         self._check_stages()
-        if autocast_dtype not in (None, torch.bfloat16):
-            raise ValueError(f"autocast_dtype is {autocast_dtype}; allowed: torch.bfloat16, None")
+        if accumulate < 1:
+            raise ValueError(f"accumulate is {accumulate}; allowed: 1 or more batches")
+        if clip_norm is not None and not 0 < clip_norm < math.inf:
+            raise ValueError(f"clip_norm is {clip_norm}; allowed: a positive number, None")
+        if ema_decay is not None and not 0 < ema_decay < 1:
+            raise ValueError(f"ema_decay is {ema_decay}; allowed: above 0 and below 1, None")
+        if cuda_graph and accumulate > 1:
+            raise ValueError(f"cuda_graph=True needs accumulate=1, got {accumulate}: a graph is a whole update")
         if device is None:
             device = next(p.device for stage in self.stages for p in stage.parameters())
         self.device = torch.device(device)
+        precision.check(autocast_dtype, self.device, cuda_graph)
         if cuda_graph:
             _graphs.check_device(self.device)
             _graphs.check_capturable(self.stages)
         self.autocast_dtype = autocast_dtype
+        self._scaler = precision.grad_scaler(autocast_dtype, self.device)
         self.progress = progress
         self.channels_last = channels_last
+        self.accumulate = accumulate
+        self.clip_norm = clip_norm
         for stage in self.stages:
             stage.to(self.device)
             if channels_last:
                 stage.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._averages = [] if ema_decay is None else [AveragedStage(stage, ema_decay) for stage in self.stages]
         self.generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
         groups = [[p for p in group if p.requires_grad] for group in self._parameter_groups()]
-        self.optimizers = [optimizer(group) for group in groups]
+        self.optimizers = optimizers.make("optimizer", optimizer, groups)
         self._captured = _graphs.CapturedFunction(self._step, self._settings) if cuda_graph else None
         self._reset_capture()
-        self.schedulers = [scheduler(o) for o in self.optimizers] if scheduler is not None else []
+        self.schedulers = [] if scheduler is None else optimizers.make("scheduler", scheduler, self.optimizers)
         if any(isinstance(s, ReduceLROnPlateau) for s in self.schedulers):
             raise ValueError("scheduler is ReduceLROnPlateau, which needs a metric; use one that is stepped per epoch")
+        self.early_stopping = early_stopping
+        self._watches = [] if early_stopping is None else [Watch(early_stopping) for _ in groups]
         self.epoch = 0
         self.history: list[Record] = []
+        self._classes: list[int | None] = []
         self._saved_random_state: dict[str, Any] | None = None
         self._loader: Any = None
 
-    def step(self, x: Tensor, target: Tensor) -> StepResult:
-        """One training step on a batch that is already on the device; does not wait for the device.
+    def step(self, x: Tensor, target: Tensor, *, weight: float = 1.0, update: bool = True) -> StepResult:
+        """One training step on a batch that is already on the device; waits for the device with float16 only.
 
-        ``x`` is a batch of images ``[N, C, H, W]`` (for :class:`GreedyTrainer`, of the current stage's inputs),
-        ``target`` ``[N]`` int64.
+        Args:
+            x: a batch of images ``[N, C, H, W]`` (for :class:`GreedyTrainer`, of the current stage's inputs).
+            target: ``[N]`` int64.
+            weight: of the losses, where the gradients of several batches are added up.
+            update: False leaves parameters as they are and adds the gradients to those of the next call.
+
+        Raises:
+            ValueError: ``weight`` or ``update`` with ``cuda_graph``.
         """
+        if self._captured is not None and (weight != 1.0 or not update):
+            raise ValueError("cuda_graph=True needs weight=1 and update=True: a graph is a whole update")
         if self._captured is None:
-            return self._step(x, target)
-        return StepResult(*(t.clone() for t in self._captured(x, target)))  # the graph overwrites its own
+            result = self._step(x, target, weight, update)
+        else:
+            result = StepResult(*(t.clone() for t in self._captured(x, target)))  # the graph overwrites its own
+        if update:
+            self._scaler.update()
+            self._update_averages()
+        return result
+
+    def _update_averages(self) -> None:
+        for group in self._active_groups() if self._averages else ():
+            for index in self._stages_of(group):
+                self._averages[index].update_parameters(self.stages[index])
 
     @abstractmethod
-    def _step(self, x: Tensor, target: Tensor) -> StepResult:
+    def _step(self, x: Tensor, target: Tensor, weight: float = 1.0, update: bool = True) -> StepResult:
         """What :meth:`step` does, kernel by kernel."""
+
+    def _result(self, losses: list[Tensor], logits: list[Tensor | None], target: Tensor) -> StepResult:
+        """Of the trained stages; remembers how many classes each one tells apart."""
+        self._classes = [None if t is None else t.shape[1] for t in logits]
+        return step_result(losses, logits, target)
+
+    def _backward(self, loss: Tensor, weight: float) -> None:
+        self._scaler.scale(loss if weight == 1.0 else loss * weight).backward()
+
+    def _update(self, group: int) -> None:
+        """The step of one optimiser."""
+        optimizer = self.optimizers[group]
+        if self.clip_norm is not None:
+            self._scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], self.clip_norm)
+        self._scaler.step(optimizer)
+        # Dropping the gradients at once keeps those of one optimiser only in memory.
+        optimizer.zero_grad(set_to_none=True)
 
     def _settings(self) -> Any:
         """What is fixed in a captured step."""
@@ -168,26 +207,38 @@ class Trainer(ABC):
     def _parameter_groups(self) -> list[list[nn.Parameter]]:
         """The parameters of each optimiser."""
 
-    @abstractmethod
-    def _reported(self) -> list[int]:
-        """Indices of the stages whose heads are evaluated, ascending."""
-
     def _trained(self) -> list[int]:
         """Indices of the stages that the results of :meth:`step` are about."""
         return self._reported()
 
+    @property
+    def ema_stages(self) -> list[LocalStage]:
+        """The stages with averaged weights, which evaluation and prediction use; without ``ema_decay``, and before the
+        first update of a stage, the stages themselves."""
+        if not self._averages:
+            return self.stages
+        return [average.of(stage) for stage, average in zip(self.stages, self._averages, strict=True)]
+
+    @abstractmethod
+    def _stages_of(self, group: int) -> list[int]:
+        """Indices of the stages that an optimiser trains, ascending; the last one's metrics are those of all."""
+
     def _active_groups(self) -> list[int]:
         """Indices of the optimisers that the current epoch uses."""
-        return list(range(len(self.optimizers)))
+        return [group for group in range(len(self.optimizers)) if not self._has_stopped(group)]
+
+    def _has_stopped(self, group: int) -> bool:
+        return bool(self._watches) and self._watches[group].stopped
 
     def _set_training(self) -> None:
         """Put every stage into the mode in which :meth:`step` runs it."""
-        for stage in self.stages:
-            stage.train()
+        for group in range(len(self.optimizers)):
+            for index in self._stages_of(group):
+                self.stages[index].train(not self._has_stopped(group))
 
     def _next_epoch(self, epochs: int) -> bool:
         """Whether there is another epoch to train."""
-        return self.epoch < epochs
+        return self.epoch < epochs and bool(self._active_groups())
 
     def _epoch_batches(self, loader: Batches) -> tuple[Batches, int | None]:
         """What the current epoch trains on, and the number of batches if it is known."""
@@ -210,53 +261,111 @@ class Trainer(ABC):
         epochs: int,
         val_loader: Batches | None = None,
         on_epoch_end: Callable[[Trainer, Record], None] | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> list[Record]:
         """Train until ``epochs`` epochs are done in all, those before :meth:`load_state_dict` included.
 
         Args:
             loader: any iterable of ``(images, target)`` batches, iterated once per epoch.
             epochs: the total; :class:`GreedyTrainer` counts it for each stage.
-            val_loader: evaluated after each epoch.
+            val_loader: evaluated after each epoch; early stopping looks at it.
             on_epoch_end: called as ``on_epoch_end(trainer, record)`` with everything up to date, so that a checkpoint
-                of :meth:`state_dict` written there continues with the next epoch.
+                of :meth:`state_dict` written there continues with the next epoch; behind ``callbacks``.
+            callbacks: called in this order at the start, behind each epoch, and at the end in the reverse order.
 
         Returns:
             ``history``.
 
         Raises:
-            ValueError: ``epochs`` below 1.
+            ValueError: ``epochs`` below 1; early stopping without a ``val_loader``, or on the accuracy of a head
+                without a classifier.
+            TypeError: something else than a :class:`Callback` among ``callbacks``.
             RuntimeError: the loader gave no batches.
         """
         if epochs < 1:
             raise ValueError(f"epochs is {epochs}; allowed: 1 or more, the total number")
+        if self.early_stopping is not None and val_loader is None:
+            raise ValueError(f"early_stopping looks at {self.early_stopping.metric}: val_loader must be given")
+        for index, callback in enumerate(callbacks):
+            if not isinstance(callback, Callback):
+                raise TypeError(f"callbacks[{index}] is {type(callback).__name__}; a train.Callback is needed")
+        if on_epoch_end is not None:
+            callbacks = [*callbacks, FunctionCallback(on_epoch_end)]
         self._loader = loader
         if self._saved_random_state is not None:
             random_state.restore(self._saved_random_state, loader, self.device)
             self._saved_random_state = None
-        while self._next_epoch(epochs):
-            record = self._train_epoch(loader)
-            if val_loader is not None:
-                scores = self.evaluate(val_loader)
-                record["val_loss"], record["val_accuracy"] = scores["loss"], scores["accuracy"]
-            for group in self._active_groups() if self.schedulers else []:
-                self.schedulers[group].step()
-            self._count_epoch()
-            self.history.append(record)
-            logger.info("epoch %d: %s", record["epoch"], _summary(record))
-            if on_epoch_end is not None:
-                on_epoch_end(self, record)
+        with ExitStack() as stack:
+            for callback in callbacks:
+                callback.on_fit_start(self)
+                stack.callback(callback.on_fit_end, self)
+            while self._next_epoch(epochs):
+                self._fit_epoch(loader, val_loader, callbacks)
         return self.history
+
+    def _fit_epoch(self, loader: Batches, val_loader: Batches | None, callbacks: Sequence[Callback]) -> None:
+        record = self._train_epoch(loader)
+        if val_loader is not None:
+            scores = self.evaluate(val_loader)
+            record["val_loss"], record["val_accuracy"] = scores["loss"], scores["accuracy"]
+            if self.early_stopping is not None:
+                self._stop_early(dict(zip(scores["stages"], record[self.early_stopping.metric], strict=True)))
+        for group in self._active_groups() if self.schedulers else []:
+            self.schedulers[group].step()
+        self._count_epoch()
+        self.history.append(record)
+        logger.info("epoch %d: %s", record["epoch"], summary(record))
+        self._warn_of_collapse(record)
+        for callback in callbacks:
+            callback.on_epoch_end(self, record)
+
+    def _warn_of_collapse(self, record: Record) -> None:
+        for stage, classes in zip(record["stages"], self._classes, strict=True):
+            if classes is None:
+                continue
+            epochs = [each for each in self.history if stage in each["stages"]]
+            accuracies = [each["train_accuracy"][each["stages"].index(stage)] for each in epochs]
+            if collapses(accuracies, classes):
+                logger.warning(
+                    "epoch %d: stage %d has collapsed: its training accuracy is %.4f, it was %.4f",
+                    record["epoch"],
+                    stage,
+                    accuracies[-1],
+                    max(accuracies),
+                )
+
+    def _stop_early(self, values: dict[int, float]) -> None:
+        """Judge the current epoch by the metric of each stage."""
+        for group in self._active_groups():
+            stages, watch = self._stages_of(group), self._watches[group]
+            value = values[stages[-1]]
+            if math.isnan(value) and watch.settings.metric == "val_accuracy":
+                raise ValueError(f"early_stopping: stages[{stages[-1]}] has no classifier, use metric='val_loss'")
+            kept: list[nn.Module] = [self.stages[index] for index in stages]
+            kept += [self._averages[index] for index in stages if self._averages]
+            watch.update(value, self.epoch + 1, kept)
+            if watch.stopped:
+                self._adopt_averages(stages)
+                best = "" if watch.best is None else f"; best in epoch {watch.best_epoch}: {watch.best:.4f}"
+                logger.info("epoch %d: training of stages %s ends%s", self.epoch + 1, stages, best)
+
+    def _adopt_averages(self, stages: list[int]) -> None:
+        """Their training has ended: what is built on them sees what is evaluated."""
+        for index in stages if self._averages else ():
+            self._averages[index].into(self.stages[index])
 
     def _train_epoch(self, loader: Batches) -> Record:
         start = last_shown = time.perf_counter()
         self._set_training()
+        for optimizer in self.optimizers:  # those of an interrupted epoch
+            optimizer.zero_grad(set_to_none=True)
         batches, total = self._epoch_batches(loader)
         metrics = Metrics(len(self._trained()), self.device)
         with tqdm(
             total=total, desc=f"epoch {self.epoch + 1}", unit="batch", leave=False, disable=not self.progress
         ) as bar:
-            for images, target in self._on_device(batches):
-                metrics.update(self.step(images, target), len(target))
+            for result, samples in self._steps(batches):
+                metrics.update(result, samples)
                 bar.update()
                 now = time.perf_counter()
                 if self.progress and now - last_shown > _PROGRESS_INTERVAL:
@@ -276,132 +385,14 @@ class Trainer(ABC):
             "seconds": time.perf_counter() - start,
         }
 
-    def evaluate(self, loader: Batches) -> dict[str, Any]:
-        """Loss and accuracy in eval mode, without touching parameters or statistics.
-
-        Returns:
-            ``stages`` (indices of the heads that were evaluated), ``loss`` and ``accuracy`` (one float per such stage;
-            the mean over samples; an accuracy is NaN where the head has no classifier), ``final`` (accuracy of the
-            last of them) and ``samples``.
-        """
-        reported = self._reported()
-        metrics = Metrics(len(reported), self.device)
-        with self._eval_mode(), torch.inference_mode():
-            for images, target in self._on_device(loader):
-                metrics.update(self._score(images, target, reported), len(target))
-        if metrics.samples == 0:
-            raise RuntimeError("loader gave no batches; there is nothing to evaluate")
-        accuracy = metrics.accuracy()
-        return {
-            "stages": reported,
-            "loss": metrics.loss(),
-            "accuracy": accuracy,
-            "final": accuracy[-1],
-            "samples": metrics.samples,
-        }
-
-    def _score(self, x: Tensor, target: Tensor, reported: list[int]) -> StepResult:
-        losses, logits, images = [], [], x
-        with self._autocast():
-            for index, stage in enumerate(self.stages[: reported[-1] + 1]):
-                if index in reported:
-                    output = stage(x, target, images)
-                    losses.append(output.loss)
-                    logits.append(output.logits)
-                    x = output.features
-                else:
-                    x = stage.features(x)
-        return step_result(losses, logits, target)
-
-    @contextmanager
-    def _eval_mode(self) -> Iterator[None]:
-        training = [(module, module.training) for stage in self.stages for module in stage.modules()]
-        for stage in self.stages:
-            stage.eval()
-        try:
-            yield
-        finally:
-            for module, flag in training:
-                module.training = flag
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.autocast_dtype is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
-
-    def _on_device(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in batches:
-            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-                raise TypeError(f"the loader gave a {type(batch).__name__}; each batch must be a pair (images, target)")
-            images, target = batch
-            if self.channels_last and images.dim() == 4:
-                images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-            else:
-                images = images.to(self.device, non_blocking=True)
-            yield images, target.to(self.device, non_blocking=True)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that :meth:`load_state_dict` needs to go on as if :meth:`fit` had not stopped.
-
-        Tensors, numbers, strings, lists and dictionaries only, so ``torch.load(weights_only=True)`` reads it. Holds the
-        state of torch's global generators and of the loader's, not Python's or NumPy's: augmentation that draws from
-        those must be seeded by the caller. The tensors are the live ones, as in any state_dict.
-        """
-        return {
-            "trainer": type(self).__name__,
-            "epoch": self.epoch,
-            "history": copy.deepcopy(self.history),
-            "stages": [stage.state_dict() for stage in self.stages],
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
-            "generator": self.generator.get_state(),
-            "random_state": self._random_state(),
-        }
-
-    def _random_state(self) -> dict[str, Any] | None:
-        """None before the first fit: nothing has depended on the generators yet."""
-        if self._saved_random_state is not None or self._loader is None:
-            return self._saved_random_state
-        return random_state.capture(self._loader, self.device)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict` into a trainer made with the same arguments.
-
-        The global and the loader's generators are set when :meth:`fit` next starts.
-
-        Raises:
-            ValueError: the state is of another trainer, or of another number of stages, optimisers or schedulers.
-        """
-        if state["trainer"] != type(self).__name__:
-            raise ValueError(f"the state is of a {state['trainer']}; this is a {type(self).__name__}")
-        for name in ("stages", "optimizers", "schedulers"):
-            found, expected = len(state[name]), len(getattr(self, name))
-            if found != expected:
-                raise ValueError(f"the state has {found} {name}; this trainer has {expected}")
-        for stage, stage_state in zip(self.stages, state["stages"], strict=True):
-            stage.load_state_dict(stage_state)
-        # Optimisers keep the tensors they are given: without the copy, two trainers would share their moments.
-        for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
-            capturable = _graphs.capturable(optimizer)  # of this trainer, whatever the one before ran on
-            optimizer.load_state_dict(copy.deepcopy(optimizer_state))
-            _graphs.set_capturable(optimizer, capturable)
-        self._reset_capture()
-        for scheduler, scheduler_state in zip(self.schedulers, state["schedulers"], strict=True):
-            scheduler.load_state_dict(scheduler_state)
-        self.generator.set_state(state["generator"])
-        self.epoch = state["epoch"]
-        self.history = copy.deepcopy(state["history"])
-        self._saved_random_state = state["random_state"]
-
-
-def step_result(losses: list[Tensor], logits: list[Tensor | None], target: Tensor) -> StepResult:
-    """Metrics of one batch from the loss and the logits ``[N, num_classes]`` of each stage."""
-    with torch.no_grad():
-        # A stage without logits predicts nothing: its row is not a number of samples.
-        hits = [None if t is None else t.argmax(dim=1).eq(target) for t in logits]
-        missing = torch.full_like(target, float("nan"), dtype=torch.float64)
-        correct = torch.stack([missing if t is None else t.double() for t in hits]).sum(dim=1)
-        return StepResult(torch.stack(losses).detach(), correct)
+    def _steps(self, batches: Batches) -> Iterator[tuple[StepResult, int]]:
+        """Trains on all batches; what comes of each, and its number of samples."""
+        iterator = self._on_device(batches)
+        while group := list(itertools.islice(iterator, self.accumulate)):
+            samples = [len(target) for _, target in group]
+            for i, (images, target) in enumerate(group):
+                is_last = i == len(group) - 1
+                yield self.step(images, target, weight=samples[i] / sum(samples), update=is_last), samples[i]
 
 
 def length(loader: Batches) -> int | None:
@@ -410,9 +401,3 @@ def length(loader: Batches) -> int | None:
         return len(loader)  # type: ignore[arg-type]
     except TypeError:  # an iterable without a length, or a DataLoader over one
         return None
-
-
-def _summary(record: Record) -> str:
-    parts = [f"{name} {record[name][-1]:.4f}" for name in ("train_loss", "train_accuracy") if name in record]
-    parts += [f"{name} {record[name][-1]:.4f}" for name in ("val_loss", "val_accuracy") if name in record]
-    return ", ".join([*parts, f"{record['seconds']:.1f} s"])

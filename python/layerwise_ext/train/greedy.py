@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from layerwise_ext.train import random_state
-from layerwise_ext.train.common import Batches, StepResult, Trainer, length, step_result
+from layerwise_ext.train.common import Trainer, length
+from layerwise_ext.train.evaluation import Batches
 from layerwise_ext.train.feature_cache import FeatureCache
+from layerwise_ext.train.feature_file import FeatureFileError
+from layerwise_ext.train.metrics import StepResult
+
+logger = logging.getLogger(__name__)
 
 
 class GreedyTrainer(Trainer):
@@ -19,25 +27,43 @@ class GreedyTrainer(Trainer):
     Earlier stages are frozen: no gradient, eval mode, running statistics untouched. Their outputs are computed once per
     stage, in one pass over the loader, and kept on the device in the dtype they have; each epoch then trains on them in
     a new order, drawn from the trainer's generator, in batches of the loader's size. Random augmentation is therefore
-    drawn once per stage, for all stages but the first, which reads the loader in each epoch.
+    drawn once per stage, for all stages but the first, which reads the loader in each epoch. Where early stopping ends
+    a stage, the next one begins. With ``ema_decay`` the next stage gets what the averaged weights give.
 
     Args:
         stages, optimizer, ...: see :class:`Trainer`.
         cache: False runs the frozen stages anew in each step (fresh augmentation, no memory).
-        cache_limit_bytes: where a stage's inputs would take more than this, or the loader has no length to tell, the
-            frozen stages run in each step, with a warning in the log.
+        cache_dir: a folder of this trainer's own, made if need be: the outputs are kept there, in a file that is mapped
+            into memory, and may be larger than memory. The file is removed with the end of the stage. A run that is
+            resumed uses the file that it finds, after a look at its checksum and at what it was made from (weights
+            of the frozen stages, random generators, number of batches; not the data); another one is computed again.
+        cache_limit_bytes: where a stage's inputs would take more than this, in memory or in the file, or the loader has
+            no length to tell, the frozen stages run in each step, with a warning in the log.
 
     Attributes:
         stage: index of the stage that is being trained; ``len(stages)`` when all are done.
         stage_epoch: finished epochs of that stage.
 
     Raises:
-        ValueError: a head that looks at the image, behind the first stage.
+        ValueError: a head that looks at the image, behind the first stage; ``cache_dir`` that is not a folder, or with
+            ``cache=False``.
     """
 
-    def __init__(self, *args: Any, cache: bool = True, cache_limit_bytes: int = 2 << 30, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        cache: bool = True,
+        cache_dir: str | Path | None = None,
+        cache_limit_bytes: int = 2 << 30,
+        **kwargs: Any,
+    ) -> None:
+        if cache_dir is not None and not cache:
+            raise ValueError(f"cache_dir is {str(cache_dir)!r} with cache=False; leave one of the two out")
+        if cache_dir is not None and Path(cache_dir).exists() and not Path(cache_dir).is_dir():
+            raise ValueError(f"cache_dir is {str(cache_dir)!r}, which is not a folder")
         super().__init__(*args, **kwargs)
         self.cache = cache
+        self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.cache_limit_bytes = cache_limit_bytes
         self.stage = 0
         self.stage_epoch = 0
@@ -55,16 +81,15 @@ class GreedyTrainer(Trainer):
                     "frozen stages are kept; use a LocalTrainer, or another head behind the first stage"
                 )
 
-    def _step(self, x: Tensor, target: Tensor) -> StepResult:
+    def _step(self, x: Tensor, target: Tensor, weight: float = 1.0, update: bool = True) -> StepResult:
         """One step of the current stage on its inputs ``x``."""
-        optimizer = self.optimizers[self.stage]
         stage = self.stages[self.stage]
         with self._autocast():
             _, loss, logits = stage(x.detach(), target)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return step_result([loss], [logits], target)
+        self._backward(loss, weight)
+        if update:
+            self._update(self.stage)
+        return self._result([loss], [logits], target)
 
     def _parameter_groups(self) -> list[list[nn.Parameter]]:
         return [list(stage.parameters()) for stage in self.stages]
@@ -78,12 +103,15 @@ class GreedyTrainer(Trainer):
     def _active_groups(self) -> list[int]:
         return [self.stage]
 
+    def _stages_of(self, group: int) -> list[int]:
+        return [group]
+
     def _set_training(self) -> None:
         for index, stage in enumerate(self.stages):
             stage.train(index == self.stage)
 
     def _next_epoch(self, epochs: int) -> bool:
-        while self.stage < len(self.stages) and self.stage_epoch >= epochs:
+        while self.stage < len(self.stages) and (self.stage_epoch >= epochs or self._has_stopped(self.stage)):
             self._next_stage()
         return self.stage < len(self.stages)
 
@@ -94,6 +122,9 @@ class GreedyTrainer(Trainer):
     def _next_stage(self) -> None:
         # A finished stage is never trained again: what its optimiser remembers would only take memory.
         self.optimizers[self.stage].state.clear()
+        self._adopt_averages([self.stage])
+        if self._features is not None:
+            self._features.remove()
         self.stage += 1
         self.stage_epoch = 0
         self._features = None
@@ -121,14 +152,39 @@ class GreedyTrainer(Trainer):
         """Compute the current stage's inputs, where they fit; a resumed run sees the same order and augmentation."""
         now = random_state.capture(loader, self.device)
         replay = self._cache_random_state
+        path, key = None, ""
+        if self.cache_dir is not None:
+            self.cache_dir.mkdir(parents=True, exist_ok=True)
+            path = self.cache_dir / f"stage{self.stage}.features"
+            key = self._cache_key(now if replay is None else replay, loader)
         if replay is not None:
+            self._features = None if path is None else self._features_of_before(path, key)
+            if self._features is not None:
+                return
             random_state.restore(replay, loader, self.device)
-        self._features = FeatureCache.fill(self._frozen_outputs(loader), length(loader), self.cache_limit_bytes)
+        self._features = FeatureCache.fill(
+            self._frozen_outputs(loader), length(loader), self.cache_limit_bytes, path, key
+        )
         self._fits = self._features is not None
         if replay is not None or not self._fits:
             random_state.restore(now, loader, self.device)
         if self._fits and replay is None:
             self._cache_random_state = now
+
+    def _features_of_before(self, path: Path, key: str) -> FeatureCache | None:
+        try:
+            return FeatureCache.open(path, key, self.device)
+        except FeatureFileError as error:
+            logger.warning("%s: the outputs of the frozen stages are computed again", error)
+            return None
+
+    def _cache_key(self, state: dict[str, Any], loader: Batches) -> str:
+        """What the outputs of the frozen stages depend on, but for the data."""
+        key = hashlib.sha256(f"{length(loader)} {self.autocast_dtype} {self.device.type}".encode())
+        tensors = [t for stage in self.stages[: self.stage] for t in stage.state_dict().values()]
+        for t in [*tensors, state["cpu"], *state["loader"], *([state["cuda"]] if "cuda" in state else [])]:
+            key.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return key.hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
         return {

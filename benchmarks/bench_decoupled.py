@@ -1,0 +1,201 @@
+"""Times local training of VGG8b in several processes against the same in one process.
+
+    python benchmarks/bench_decoupled.py            2 workers, batch 64, fp32 and bf16: a quarter of an hour
+    python benchmarks/bench_decoupled.py --quick    a narrow network and few rounds: shows that it runs
+
+Contestants, all from the same parameters on the same batches, optimizer (Adam) included: a LocalTrainer with one
+thread, one with as many threads as there are workers, and a DecoupledTrainer, synchronous and asynchronous, with one
+thread per worker.  A round trains each of them for some epochs in turn; the first of them, in which processes start, is
+left out.  The stages are cut where the slower worker has least to do, by a measurement of each stage before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import random
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import layerwise_ext as lw
+import torch
+from harness import RESULTS, Quartiles, environment, ratios, write_json
+from layerwise_ext import _C
+from layerwise_ext.train import DecoupledTrainer, LocalTrainer, Trainer
+from networks import Case
+from peers import DTYPES
+from torch import Tensor
+
+ONE = "LocalTrainer, 1 thread"
+SYNCHRONOUS = "DecoupledTrainer"
+ASYNCHRONOUS = "DecoupledTrainer, asynchronous"
+
+
+class Sampling(NamedTuple):
+    rounds: int
+    epochs: int  # of a round that are timed
+    steps: int  # of an epoch
+
+
+FULL, QUICK = Sampling(3, 1, 60), Sampling(2, 1, 4)
+QUICK_CASE = Case(8, 0.125)
+
+
+class DisagreementError(RuntimeError):
+    """The contestants do not compute the same losses, so their times must not be compared."""
+
+
+class Repeated:
+    """An epoch of ``steps`` times the batch of a case; reading it takes no time."""
+
+    def __init__(self, case: Case, steps: int) -> None:
+        self.batch = case.data("cpu")
+        self.steps = steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return itertools.repeat(self.batch, self.steps)
+
+
+def stage_seconds(case: Case, dtype: torch.dtype, kind: str, repeats: int) -> list[float]:
+    """Of a local step of each stage, with one thread."""
+    torch.set_num_threads(1)
+    images, target = case.data("cpu")
+    times: list[list[float]] = []
+    x = images
+    for stage in case.fused(kind):
+        trainer = LocalTrainer([stage], autocast_dtype=_autocast(dtype), progress=False)
+        times.append([])
+        for _ in range(1 + repeats):
+            start = time.perf_counter()
+            trainer.step(x, target)
+            times[-1].append(time.perf_counter() - start)
+        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            x = stage.features(x)
+    return [statistics.median(values[1:]) for values in times]
+
+
+def best_partition(seconds: Sequence[float], workers: int) -> tuple[int, ...]:
+    """Numbers of stages with which the slowest worker takes least."""
+
+    def slowest(cuts: tuple[int, ...]) -> float:
+        return max(sum(seconds[a:b]) for a, b in itertools.pairwise((0, *cuts, len(seconds))))
+
+    cuts = min(itertools.combinations(range(1, len(seconds)), workers - 1), key=slowest)
+    return tuple(b - a for a, b in itertools.pairwise((0, *cuts, len(seconds))))
+
+
+def _autocast(dtype: torch.dtype) -> torch.dtype | None:
+    return None if dtype == torch.float32 else dtype
+
+
+def contestants(case: Case, dtype: torch.dtype, kind: str, partition: Sequence[int]) -> dict[str, tuple[int, Trainer]]:
+    """Name -> threads of this process, trainer."""
+    options: dict[str, Any] = {"autocast_dtype": _autocast(dtype), "progress": False, "seed": 0}
+    workers = len(partition)
+    decoupled = {"partition": partition, "threads": 1, **options}
+    return {
+        ONE: (1, LocalTrainer(case.fused(kind), **options)),
+        f"LocalTrainer, {workers} threads": (workers, LocalTrainer(case.fused(kind), **options)),
+        SYNCHRONOUS: (1, DecoupledTrainer(case.fused(kind), **decoupled)),
+        ASYNCHRONOUS: (1, DecoupledTrainer(case.fused(kind), asynchronous=True, **decoupled)),
+    }
+
+
+def measure(case: Case, dtype: str, kind: str, workers: int, sampling: Sampling) -> dict[str, Any]:
+    """One entry of "cases" in the result file."""
+    seconds = stage_seconds(case, DTYPES[dtype], kind, max(2, sampling.steps // 4))
+    partition = best_partition(seconds, workers)
+    trainers = contestants(case, DTYPES[dtype], kind, partition)
+    loader = Repeated(case, sampling.steps)
+    times: dict[str, list[float]] = {name: [] for name in trainers}
+    order, shuffler = list(trainers), random.Random(0)
+    for _ in range(sampling.rounds):
+        shuffler.shuffle(order)
+        for name in order:
+            threads, trainer = trainers[name]
+            torch.set_num_threads(threads)
+            trainer.fit(loader, trainer.epoch + 1 + sampling.epochs)
+            epochs = [record["seconds"] for record in trainer.history[-sampling.epochs :]]
+            times[name].append(statistics.median(epochs) / sampling.steps)
+    losses = {name: trainer.history[0]["train_loss"] for name, (_, trainer) in trainers.items()}
+    if losses[ONE] != losses[SYNCHRONOUS]:
+        raise DisagreementError(f"{dtype}: losses of {ONE} are {losses[ONE]}, of {SYNCHRONOUS} {losses[SYNCHRONOUS]}")
+    shares = [sum(seconds[a:b]) for a, b in itertools.pairwise((0, *itertools.accumulate(partition)))]
+    return {
+        "case": case._asdict(),
+        "dtype": dtype,
+        "kind": kind,
+        "partition": list(partition),
+        "stage_milliseconds": [1e3 * value for value in seconds],
+        "speed_at_best": sum(shares) / max(shares),
+        "rounds": sampling.rounds,
+        "steps_per_second": {name: Quartiles.of(1 / t for t in values).as_dict() for name, values in times.items()},
+        "speed": {name: ratios(times[ONE], values).as_dict() for name, values in times.items()},
+    }
+
+
+def print_entry(entry: dict[str, Any]) -> None:
+    case = Case(**entry["case"])
+    print(f"\n{entry['dtype']}, {entry['kind']}, batch {case.batch}, width {case.width:g}: stages {entry['partition']}")
+    print(f"{'':32}{'steps/s':>10}{'speed':>8}   (at best {entry['speed_at_best']:.2f})")
+    for name, rate in entry["steps_per_second"].items():
+        print(f"{name:32}{rate['median']:10.2f}{entry['speed'][name]['median']:8.2f}")
+    sys.stdout.flush()
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Local training of VGG8b in several processes against one.")
+    parser.add_argument("--quick", action="store_true", help="a narrow network, a small batch, few rounds")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--head", choices=("pred", "predsim"), default="predsim")
+    parser.add_argument("--batch", type=int, help="default: 64")
+    parser.add_argument("--width", type=float, help="factor of all widths, default 1")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--output", type=Path, help="the JSON file to write")
+    arguments = parser.parse_args(argv)
+    if arguments.workers < 2 or (arguments.batch or 1) < 1 or (arguments.width or 1) <= 0:
+        parser.error("--batch and --width must be positive, --workers at least 2")
+    default = QUICK_CASE if arguments.quick else Case(64)
+    arguments.case = Case(arguments.batch or default.batch, arguments.width or default.width)
+    usual = {"dtypes": list(DTYPES), "head": "predsim", "batch": None, "width": None, "workers": 2}
+    arguments.complete = not arguments.quick and all(getattr(arguments, name) == usual[name] for name in usual)
+    if arguments.output is None:
+        arguments.output = RESULTS / f"bench_decoupled-cpu{'' if arguments.complete else '-partial'}.json"
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
+    sampling = QUICK if arguments.quick else FULL
+    result = {"benchmark": "bench_decoupled", **environment()}
+    result["machine"]["layerwise_cpu_capability"] = _C.cpu_capability()
+    result["versions"]["layerwise_ext"] = lw.__version__
+    result["settings"] = {
+        "complete": arguments.complete,
+        "quick": arguments.quick,
+        "workers": arguments.workers,
+        "sampling": sampling._asdict(),
+    }
+    result["cases"] = []
+    for dtype in arguments.dtypes:
+        try:
+            entry = measure(arguments.case, dtype, arguments.head, arguments.workers, sampling)
+        except DisagreementError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        result["cases"].append(entry)
+        print_entry(entry)
+    write_json(arguments.output, result)
+    print(f"\nwritten: {arguments.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

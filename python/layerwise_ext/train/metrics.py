@@ -1,0 +1,77 @@
+"""Loss and accuracy of each stage, kept on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# One epoch: "epoch" (from 1), "stages" (indices that the lists below are about), "train_loss", "train_accuracy", with a
+# val_loader also "val_loss" and "val_accuracy" (lists of floats), and "seconds" (training only).
+Record = dict[str, Any]
+
+
+class StepResult(NamedTuple):
+    """Of each trained stage, ``loss [S]`` and the number of ``correct [S]`` predictions (NaN where the head has no
+    classifier); tensors, not read back."""
+
+    loss: Tensor
+    correct: Tensor
+
+
+class Metrics:
+    """Loss and accuracy per stage over an epoch, accumulated on the device and read once."""
+
+    def __init__(self, stages: int, device: torch.device) -> None:
+        self._loss = torch.zeros(stages, dtype=torch.float64, device=device)
+        self._correct = torch.zeros(stages, dtype=torch.float64, device=device)
+        self.samples = 0
+
+    def update(self, result: StepResult, samples: int) -> None:
+        self._loss.add_(result.loss, alpha=samples)
+        self._correct.add_(result.correct)
+        self.samples += samples
+
+    def loss(self) -> list[float]:
+        """Mean per sample of each stage."""
+        return [value / self.samples for value in self._loss.tolist()]
+
+    def accuracy(self) -> list[float]:
+        """Between 0 and 1, of each stage; NaN where the head has no classifier."""
+        return [value / self.samples for value in self._correct.tolist()]
+
+
+def step_result(losses: list[Tensor], logits: list[Tensor | None], target: Tensor) -> StepResult:
+    """Metrics of one batch from the loss and the logits ``[N, num_classes]`` of each stage."""
+    with torch.no_grad():
+        # A stage without logits predicts nothing: its row is not a number of samples.
+        hits = [None if t is None else t.argmax(dim=1).eq(target) for t in logits]
+        missing = torch.full_like(target, float("nan"), dtype=torch.float64)
+        correct = torch.stack([missing if t is None else t.double() for t in hits]).sum(dim=1)
+        return StepResult(torch.stack(losses).detach(), correct)
+
+
+def collapses(accuracies: Sequence[float], classes: int) -> bool:
+    """Whether the last of a stage's accuracies, epoch for epoch, is the first one of a collapse.
+
+    A stage has collapsed that has lost more than half of what its best accuracy so far was above chance (1/classes),
+    where that was clearly above: three times chance, or half of the way from chance to 1.
+    """
+    chance = 1 / classes
+
+    def has_collapsed(epoch: int) -> bool:
+        best = max(accuracies[:epoch], default=chance)
+        is_clear = best >= min(3 * chance, (1 + chance) / 2)
+        return is_clear and accuracies[epoch] - chance < (best - chance) / 2
+
+    last = len(accuracies) - 1
+    return has_collapsed(last) and not has_collapsed(last - 1)
+
+
+def summary(record: Record) -> str:
+    """One line about the last stage of a record."""
+    names = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
+    parts = [f"{name} {record[name][-1]:.4f}" for name in names if name in record]
+    return ", ".join([*parts, f"{record['seconds']:.1f} s"])

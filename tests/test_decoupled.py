@@ -1,0 +1,364 @@
+"""Training in several processes: against one process, from replay buffers, resumed, and with a worker that dies."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import signal
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from layerwise_ext.nn import LocalStage, PooledLinearHead, ReconstructionHead
+from layerwise_ext.train import DecoupledTrainer, EarlyStopping, LocalTrainer, Record, ReplayBuffer, Trainer
+from layerwise_ext.train._links import _HEADER, End, Incoming, LinkError, Replayed, _Batch, _describe, _size, _views
+from test_train import TOLERANCE, Noisy, adam, arrays, loader, network, same, sgd, snapshot, trainer_for
+from torch import nn
+from torch.utils.data import DataLoader
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed with gloo"
+)
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Bit for bit, in whatever containers."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return bool(a == b)
+
+
+def without_seconds(history: list[Record]) -> list[str]:
+    """As text, in which NaN equals itself and numbers have all their digits."""
+    return [str({key: value for key, value in record.items() if key != "seconds"}) for record in history]
+
+
+# -- The replay buffer -------------------------------------------------------------------------------------------------
+
+
+def test_replay_buffer_gives_the_least_used_and_of_these_the_newest() -> None:
+    buffer: ReplayBuffer[str] = ReplayBuffer(3)
+    with pytest.raises(IndexError, match="the buffer is empty"):
+        buffer.sample()
+    assert [buffer.add(item) for item in "ab"] == [None, None]
+    assert [buffer.sample() for _ in range(5)] == list("babab")  # a twice, b three times
+    assert buffer.add("c") is None
+    assert [buffer.sample() for _ in range(4)] == list("ccca")
+    assert buffer.add("d") == "a"  # the oldest, whatever its uses
+    assert len(buffer) == 3
+    assert [buffer.sample() for _ in range(5)] == list("ddddc")
+    assert [buffer.add(item) for item in "ef"] == ["b", "c"]
+    assert [buffer.sample() for _ in range(2)] == ["f", "e"]
+
+
+def test_replay_buffer_of_one_item_repeats_it() -> None:
+    buffer: ReplayBuffer[int] = ReplayBuffer(1)
+    assert [buffer.add(item) for item in range(3)] == [None, 0, 1]
+    assert [buffer.sample() for _ in range(3)] == [2, 2, 2]
+    with pytest.raises(ValueError, match="capacity is 0; allowed: 1 or more"):
+        ReplayBuffer(0)
+
+
+# -- Links -------------------------------------------------------------------------------------------------------------
+
+END = End(peer=0, name="worker 0", group=None, device=torch.device("cpu"), in_flight=2)
+
+
+def test_batches_keep_values_shapes_dtypes_and_strides() -> None:
+    x = torch.randn(3, 4, 5, 6)
+    batches = [
+        (x, torch.arange(3)),
+        (x.to(memory_format=torch.channels_last), torch.arange(3), x.double()),
+        (torch.randn(7, 9, 1, 1).to(memory_format=torch.channels_last).bfloat16(), torch.arange(7)),
+        (x.transpose(1, 3), torch.tensor([], dtype=torch.int64)),
+    ]
+    for batch in batches:
+        header = _describe(batch)
+        assert len(header) == _HEADER and header[0] == len(batch)
+        memory = torch.empty(_size(header), dtype=torch.uint8)
+        views = list(_views(header, memory))
+        for view, tensor in zip(views, batch, strict=True):
+            view.copy_(tensor)
+        for view, tensor in zip(views, batch, strict=True):
+            assert torch.equal(view, tensor)
+            assert view.dtype == tensor.dtype and view.stride() == tensor.stride()
+    (gaps,) = _views(_describe((x[:, :2],)), torch.empty(4096, dtype=torch.uint8))
+    assert gaps.shape == (3, 2, 5, 6) and gaps.is_contiguous()
+    with pytest.raises(TypeError, match=r"a batch has a tensor of torch\.complex64"):
+        _describe((x.to(torch.complex64),))
+
+
+class Scripted:
+    """A link whose other end is the list ``sent``; an error in it is raised."""
+
+    def __init__(self, *args: Any, sent: list[Any], **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.sent = sent
+
+    def _receive(self) -> Iterator[_Batch]:
+        for number in self.sent:
+            if isinstance(number, Exception):
+                raise number
+            memory = torch.tensor([number], dtype=torch.uint8)
+            yield _Batch(memory, (memory,))
+
+
+class InOrder(Scripted, Incoming):
+    pass
+
+
+class FromBuffer(Scripted, Replayed):
+    pass
+
+
+def test_an_incoming_link_gives_every_batch_once_and_then_the_error() -> None:
+    link = InOrder(END, sent=[1, 2, 3, 4])
+    for _ in range(2):
+        assert [x.item() for (x,) in link] == [1, 2, 3, 4]
+    batches = iter(InOrder(END, sent=[1, LinkError("worker 0 is lost")]))
+    assert next(batches)[0].item() == 1
+    with pytest.raises(LinkError, match="worker 0 is lost"):
+        next(batches)
+
+
+def test_a_replayed_link_takes_its_steps_and_keeps_what_came_last() -> None:
+    link = FromBuffer(END, 3, 5, sent=[1])
+    assert [x.item() for (x,) in link] == [1] * 5  # it does not wait for a second one
+    link.sent = [2, 3, 4, 5]
+    seen = [x.item() for (x,) in link]
+    assert len(seen) == 5 and len(link.buffer) == 3
+    assert [batch.tensors[0].item() for batch in link.buffer._items] == [3, 4, 5]
+    with pytest.raises(LinkError, match="lost"):
+        list(FromBuffer(END, 3, 5, sent=[LinkError("lost")]))
+
+
+# -- Two processes -----------------------------------------------------------------------------------------------------
+
+
+def resumable(workers: bool) -> tuple[Trainer, DataLoader]:
+    """A last smaller batch, augmentation from the global generator, a later stage that looks at the image, two batches
+    to an update, and a stage that stops before the others."""
+    torch.manual_seed(3)
+    model = network()
+    stages = [model[0], LocalStage(model[1].body, ReconstructionHead(8, 1).double()), model[2]]
+    data = DataLoader(Noisy(), 16, shuffle=True, generator=torch.Generator().manual_seed(4))
+    schedule = lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, [1], gamma=0.5)  # noqa: E731
+    options = {"scheduler": schedule, "seed": 0, "progress": False, "accumulate": 2, "clip_norm": 0.5, "ema_decay": 0.6}
+    options["early_stopping"] = EarlyStopping(1, min_delta=0.01)
+    if workers:
+        return DecoupledTrainer(stages, sgd, partition=[1, 2], **options), data
+    return LocalTrainer(stages, sgd, **options), data
+
+
+def test_synchronous_training_and_its_resumption_equal_one_process() -> None:
+    one, data = resumable(False)
+    expected = one.fit(data, 3, loader())
+    two, data = resumable(True)
+    checkpoint = io.BytesIO()
+
+    def save(trainer: Trainer, record: Record) -> None:
+        if trainer.epoch == 2:
+            torch.save(trainer.state_dict(), checkpoint)
+
+    two.fit(data, 3, loader(), save)
+    checkpoint.seek(0)
+    resumed, data = resumable(True)
+    resumed.load_state_dict(torch.load(checkpoint, weights_only=True))
+    resumed.fit(data, 3, loader())
+    state = one.state_dict()
+    assert len({watch["stopped"] for watch in state["early_stopping"]}) == 2
+    for trainer in (two, resumed):
+        assert without_seconds(trainer.history) == without_seconds(expected)
+        found = trainer.state_dict()
+        for name in ("stages", "optimizers", "schedulers", "averages", "early_stopping", "random_state"):
+            assert equal(found[name], state[name]), name
+    assert multiprocessing.active_children() == []
+
+
+def test_asynchronous_training_learns() -> None:
+    model = network()
+    trainer = trainer_for(DecoupledTrainer, model, adam, workers=3, asynchronous=True, buffer=2)
+    history = trainer.fit(loader(200, shuffle=True), 6, loader(200))
+    assert [record["stages"] for record in history] == [[0, 1, 2]] * 6
+    for first, last in zip(history[0]["train_loss"], history[-1]["train_loss"], strict=True):
+        assert last < 0.5 * first
+    assert history[-1]["val_accuracy"][-1] > 0.9
+    for optimizer in trainer.optimizers:  # every worker has taken as many steps as the loader has batches
+        assert {state["step"].item() for state in optimizer.state.values()} == {6 * 13}
+
+
+class Faulty(nn.Module):
+    """Fails in the second epoch of three training steps, after the first one."""
+
+    def __init__(self, kill: bool) -> None:
+        super().__init__()
+        self.kill = kill
+        self.steps = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.steps += self.training
+        if self.steps == 5 and self.kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.steps == 5:
+            raise ArithmeticError("out of order")
+        return x
+
+
+@pytest.mark.parametrize(("index", "kill", "message"), [
+    (0, True, r"worker 0 \(stage 0; rank 0\) was ended by SIGKILL; the others were ended, and the trainer"),
+    (2, False, r"worker 1 \(stages 1 to 2; rank 1\) failed; the others (.*\n)*ArithmeticError: out of order"),
+])  # fmt: skip
+def test_a_lost_worker_ends_the_run_and_leaves_the_last_epoch(index: int, kill: bool, message: str) -> None:
+    model = network()
+    model[index].body = nn.Sequential(Faulty(kill), model[index].body)
+    trainer = trainer_for(DecoupledTrainer, model, adam, workers=2)
+    checkpoints = []
+
+    def save(trainer: Trainer, record: Record) -> None:
+        checkpoints.append(io.BytesIO())
+        torch.save(trainer.state_dict(), checkpoints[-1])
+
+    data = loader()
+    with pytest.raises(RuntimeError, match=message):
+        trainer.fit(data, 3, None, save)
+    assert multiprocessing.active_children() == []
+    assert len(checkpoints) == trainer.epoch == len(trainer.history) == 1
+    checkpoints[0].seek(0)
+    other = trainer_for(DecoupledTrainer, network(), adam, workers=2)
+    other.stages[index].body = nn.Sequential(Faulty(kill), other.stages[index].body)
+    other.load_state_dict(torch.load(checkpoints[0], weights_only=True))
+    assert all(same(snapshot(a), snapshot(b)) for a, b in zip(trainer.stages, other.stages, strict=True))
+    assert trainer.evaluate(data)["samples"] == 40
+
+
+# -- More processes, and those of somebody else ------------------------------------------------------------------------
+
+
+def test_replicas_train_as_one_process_on_whole_batches() -> None:
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(network())
+    data = loader(40, batch_size=15)  # parts of 8 and 7 samples, then of 5
+    replicated = trainer_for(DecoupledTrainer, model, workers=2, replicas=2)
+    alone = trainer_for(LocalTrainer, network())
+    histories = [trainer.fit(data, 2, data) for trainer in (replicated, alone)]
+    for stage, peer in zip(replicated.stages, alone.stages, strict=True):
+        torch.testing.assert_close(stage.state_dict(), peer.state_dict(), **TOLERANCE)
+    for record, expected in zip(*histories, strict=True):
+        for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy"):
+            assert record[name] == pytest.approx(expected[name], rel=1e-9)
+
+
+def member(rank: int, folder: str) -> None:
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+        with pytest.raises(ValueError, match="this is one of 2 processes, but 3 workers of 1 replicas are 3"):
+            DecoupledTrainer(network(), sgd, workers=3)
+        calls: list[int] = []
+        trainer, data = resumable(True)
+        trainer.fit(data, 1, loader(), lambda trainer, _: calls.append(trainer.epoch))
+        trainer.fit(data, 2, loader(), lambda trainer, _: calls.append(trainer.epoch))
+        assert calls == ([1, 2] if rank == 0 else [])
+        torch.save((trainer.state_dict(), trainer.history), f"{folder}/{rank}.pt")
+        dist.destroy_process_group()
+    except BaseException:
+        Path(folder, f"{rank}.error").write_text(traceback.format_exc())
+        raise
+
+
+def test_in_processes_that_somebody_else_started_every_rank_has_the_result(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=member, args=(rank, str(tmp_path))) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    errors = [path.read_text() for path in sorted(tmp_path.glob("*.error"))]
+    assert not errors, "\n".join(errors)
+    assert [process.exitcode for process in processes] == [0, 0]
+    one, data = resumable(False)
+    expected = one.fit(data, 2, loader())
+    for rank in range(2):
+        state, history = torch.load(tmp_path / f"{rank}.pt")
+        assert without_seconds(history) == without_seconds(expected)
+        assert equal(state["stages"], one.state_dict()["stages"])
+        assert equal(state["optimizers"], one.state_dict()["optimizers"])
+
+
+# -- What is refused ---------------------------------------------------------------------------------------------------
+
+
+def test_partitions() -> None:
+    stages = [LocalStage(nn.Conv2d(1, 1, 1), PooledLinearHead(1, 4)) for _ in range(7)]
+    for workers, partition in [(1, (7,)), (2, (3, 4)), (3, (2, 2, 3)), (7, (1,) * 7)]:
+        assert DecoupledTrainer(stages, sgd, workers=workers).layout.partition == partition
+    layout = DecoupledTrainer(stages, sgd, partition=[5, 2], replicas=2).layout
+    assert layout.processes == 4
+    assert [layout.stages(rank) for rank in range(4)] == [slice(0, 5)] * 2 + [slice(5, 7)] * 2
+
+
+def test_bad_arguments() -> None:
+    shared = network()
+    shared[2].body.extra = shared[0].body.conv
+    lambdas = network()
+    lambdas[0].register_forward_hook(lambda *_: None)
+    batches = (batch for batch in loader())
+    stop = trainer_for(DecoupledTrainer, network(), workers=2).state_dict()
+    for error, message, make in [
+        (ValueError, "workers is None and partition is None; one of them", lambda: DecoupledTrainer(network())),
+        (ValueError, "one only", lambda: DecoupledTrainer(network(), workers=2, partition=[1, 2])),
+        (
+            ValueError,
+            "workers is 4; allowed: 1 to 3, the number of stages",
+            lambda: DecoupledTrainer(network(), workers=4),
+        ),
+        (ValueError, "workers is 0", lambda: DecoupledTrainer(network(), workers=0)),
+        (ValueError, r"partition is \[1, 1\]; .* sum is 3", lambda: DecoupledTrainer(network(), partition=[1, 1])),
+        (ValueError, r"partition is \[3, 0\]", lambda: DecoupledTrainer(network(), partition=[3, 0])),
+        (ValueError, "replicas is 0; allowed: 1 or more", lambda: DecoupledTrainer(network(), workers=2, replicas=0)),
+        (ValueError, "buffer is 0", lambda: DecoupledTrainer(network(), workers=2, buffer=0)),
+        (ValueError, "in_flight is 0", lambda: DecoupledTrainer(network(), workers=2, in_flight=0)),
+        (ValueError, "threads is 0", lambda: DecoupledTrainer(network(), workers=2, threads=0)),
+        (ValueError, "blocks is for a LocalTrainer", lambda: DecoupledTrainer(network(), workers=2, blocks=[1, 2])),
+        (
+            ValueError,
+            "accumulate is 2; allowed with replicas: 1",
+            lambda: DecoupledTrainer(network(), workers=2, replicas=2, accumulate=2),
+        ),
+        (ValueError, "cuda_graph=True captures", lambda: DecoupledTrainer(network(), workers=2, cuda_graph=True)),
+        (
+            ValueError,
+            r"stages\[2\]\.body\.extra\.weight is a parameter of another",
+            lambda: DecoupledTrainer(shared, workers=2),
+        ),
+        (ValueError, "epochs is 0", lambda: trainer_for(DecoupledTrainer, network(), workers=2).fit(loader(), 0)),
+        (
+            ValueError,
+            "the loader has no length; asynchronous workers",
+            lambda: trainer_for(DecoupledTrainer, network(), workers=2, asynchronous=True).fit(batches, 1),
+        ),
+        (
+            ValueError,
+            "sent to other processes by pickle, which fails",
+            lambda: trainer_for(DecoupledTrainer, lambdas, workers=2).fit([arrays()], 1),
+        ),
+        (
+            ValueError,
+            "sent to other processes by pickle",
+            lambda: trainer_for(DecoupledTrainer, network(), workers=2).fit(batches, 1),
+        ),
+        (
+            ValueError,
+            r"the state has partition \[1, 2\]; this trainer has \[2, 1\]",
+            lambda: trainer_for(DecoupledTrainer, network(), partition=[2, 1]).load_state_dict(stop),
+        ),
+    ]:
+        with pytest.raises(error, match=message):
+            make()

@@ -1,0 +1,96 @@
+"""float16 with a scaler against plain PyTorch; on the CPU, whose plain layers have float16."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from layerwise_ext.train import GreedyTrainer, JointTrainer, LocalTrainer, Trainer, precision
+from test_train import TRAINERS, loader, network, resume_after, same, trainer_for
+from torch import nn
+
+BATCHES = [(images.float(), target) for images, target in loader()]
+
+
+@pytest.fixture(autouse=True)
+def _float16_here(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    if "refused" not in request.node.name:
+        monkeypatch.setattr(precision, "check", lambda *_: None)
+
+
+def plain_float() -> Any:
+    return network(fused=False).float()
+
+
+def trainer_in_float16(kind: type[Trainer], model: Any, **options: Any) -> Trainer:
+    return trainer_for(kind, model, autocast_dtype=torch.float16, **options)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.1])
+@pytest.mark.parametrize("kind", [JointTrainer, LocalTrainer])
+def test_steps_equal_a_plain_loop_with_a_scaler(kind: type[Trainer], clip_norm: float | None) -> None:
+    """The first scales are too large for float16: steps are left out until they are not."""
+    model, peer = plain_float(), plain_float()
+    trainer = trainer_in_float16(kind, model, clip_norm=clip_norm, channels_last=False)
+    trainer._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=3)
+    parts = list(peer) if kind is LocalTrainer else [peer.backbone()]
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.1, momentum=0.9) for part in parts]
+    scales = []
+    for images, target in itertools.islice(itertools.cycle(BATCHES), 18):
+        trainer.step(images, target)
+        x, losses = images, []
+        with torch.autocast("cpu", torch.float16):
+            for stage in peer:
+                # The forward passes are the same ones, so that the rounding is; what is compared is what follows.
+                features, moments = stage.moments(x, detach=kind is LocalTrainer)
+                losses.append(stage.head(moments, target).loss)
+                x = features.detach() if kind is LocalTrainer else features
+        for loss, optimizer in zip(losses if kind is LocalTrainer else losses[-1:], optimizers, strict=True):
+            scaler.scale(loss).backward()
+            if clip_norm is not None:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip_norm)
+            scaler.step(optimizer)
+            optimizer.zero_grad()
+        scaler.update()
+        scales.append(scaler.get_scale())
+    assert min(scales) < 2.0**24 and trainer._scaler.get_scale() == scales[-1]
+    assert any(a < b for a, b in itertools.pairwise(scales))
+    before, expected = plain_float().backbone().state_dict(), dict(peer.backbone().state_dict())
+    torch.testing.assert_close(dict(model.backbone().state_dict()), expected, rtol=0, atol=0)
+    assert not same(before, expected)
+
+
+@pytest.mark.parametrize(("kind", "stop"), [(JointTrainer, 1), (LocalTrainer, 1), (GreedyTrainer, 3)])
+def test_a_resumed_run_has_the_scale(kind: type[Trainer], stop: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def small(*_: Any) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)
+
+    monkeypatch.setattr(precision, "grad_scaler", small)
+    second, straight = resume_after(kind, stop, autocast_dtype=torch.float16, accumulate=2)
+    assert second._scaler.state_dict() == straight._scaler.state_dict()
+    # Two updates per epoch double the scale once.
+    assert straight._scaler.get_scale() == 4.0 * 2 ** (straight.epoch * 2 // 2)
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_forward_passes_are_in_float16(kind: type[Trainer]) -> None:
+    model = plain_float()
+    seen = set()
+    model[0].body.conv.register_forward_hook(lambda _, args, output: seen.add(output.dtype))
+    trainer = trainer_in_float16(kind, model)
+    trainer.fit(BATCHES, 1, BATCHES)
+    assert seen == {torch.float16}
+    with pytest.raises(ValueError, match=r"the state has autocast_dtype=torch\.float16; this trainer has not"):
+        trainer_for(kind, plain_float()).load_state_dict(trainer.state_dict())
+
+
+def test_float16_is_refused_where_it_cannot_be() -> None:
+    with pytest.raises(ValueError, match=r"CUDA device; they are on cpu, where torch\.bfloat16 is allowed"):
+        JointTrainer(network(), autocast_dtype=torch.float16)
+    with pytest.raises(ValueError, match="the scaler waits for the device"):
+        precision.check(torch.float16, torch.device("cuda"), True)
+    precision.check(torch.float16, torch.device("cuda"), False)
