@@ -133,6 +133,19 @@ def test_options_of_the_trainers(tmp_path: Path, mode: str, options: list[str]) 
     assert same(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.parametrize("options", [[], ["--ema-decay", "0.9"]])
+def test_what_is_kept_is_what_was_tested(tmp_path: Path, options: list[str]) -> None:
+    assert train(tmp_path, "--epochs", "2", *options) == 0
+    plain = models.vgg([8, "M", 8], in_channels=1, image_size=(8, 8), fused=False).backbone().eval()
+    plain.load_state_dict(weights(tmp_path), strict=True)
+    train_split, test_split = data.load("digits"), data.load("digits", split="test")
+    normalization = data.Normalization.of(train_split.images[:320])
+    ((images, labels),) = data.MemoryLoader(test_split, len(test_split.labels), normalization)
+    accuracy = float((plain(images).argmax(1) == labels).double().mean())
+    *_, last = csv.DictReader((tmp_path / "metrics.csv").open())
+    assert float(last["test_accuracy"]) == pytest.approx(accuracy, abs=1.5 / len(labels))
+
+
 def test_patience(tmp_path: Path) -> None:
     """Each stage ends with the first epoch that is no better than the one before it."""
     assert train(tmp_path / "run", "--mode", "greedy", "--epochs", "30", "--patience", "1", "--lr", "0.1") == 0

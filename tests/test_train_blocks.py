@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from layerwise_ext.nn import LocalStage, PooledMoments, ReconstructionHead
+from layerwise_ext.nn import ConvBNReLU2d, FusedChain, LocalStage, PooledLinearHead, PooledMoments, ReconstructionHead
 from layerwise_ext.train import JointTrainer, LocalTrainer, Trainer
 from test_train import TOLERANCE, loader, network, sgd, snapshot, trainer_for
 from torch import Tensor, nn
@@ -122,6 +122,22 @@ def test_checkpointed_layers_run_again_and_move_their_statistics_once(
     ours, theirs = map(weights, trainers)
     assert {int(t) for name, t in ours.items() if "num_batches" in name and "head" not in name} == {3}
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+def test_a_chain_that_is_run_again_is_the_chain(segments: int) -> None:
+    """A FusedChain, which keeps less than its layers would and may run parts of itself again."""
+    trainers = []
+    for checkpointing in (True, False):
+        model = network(in_channels=6)
+        torch.manual_seed(3)
+        chain = FusedChain(ConvBNReLU2d(1, 6, 3, padding=1), ConvBNReLU2d(6, 6, 3, padding=1), segments=segments)
+        first = LocalStage(chain, PooledLinearHead(6, 4)).double()
+        trainers.append(trainer_for(JointTrainer, [first, *model], checkpointing=checkpointing))
+    for batch in loader():
+        results = [trainer.step(*batch) for trainer in trainers]
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(*map(weights, trainers), rtol=1e-12, atol=1e-12)
 
 
 def test_heads_in_a_block_get_the_image() -> None:

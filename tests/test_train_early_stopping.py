@@ -92,7 +92,10 @@ def test_a_stage_that_has_stopped_is_frozen_while_the_others_go_on() -> None:
             after.append(snapshot(peers[2]))
         if epoch == 3:
             peers[2].load_state_dict(after[1])
+    with_graph: list[bool] = []
+    trainer.stages[1].register_forward_hook(lambda *_: with_graph.append(torch.is_grad_enabled()))
     history = trainer.fit(loader(), 5, loader())
+    assert with_graph == [True] * 2 * 3 + [False] * 3 * 3
     assert len(history) == 5 and all(record["stages"] == [0, 1, 2] for record in history)
     for stage, peer in zip(trainer.stages, peers, strict=True):
         torch.testing.assert_close(dict(stage.state_dict()), dict(peer.state_dict()), **TOLERANCE)

@@ -113,7 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--optimizer", choices=("adam", "sgd"), default="adam")
     train.add_argument("--accumulate", type=_positive(int), default=1, metavar="N", help="batches to an update")
     train.add_argument("--clip-norm", type=_positive(float), help="largest norm of the gradients of an optimiser")
-    train.add_argument("--ema-decay", type=_positive(float), help="test averaged weights, with this decay")
+    train.add_argument("--ema-decay", type=_positive(float), help="test and keep averaged weights, with this decay")
     train.add_argument("--patience", type=_positive(int), metavar="N",
                        help="end a stage after N epochs without a smaller test loss, and go back to the best one; "
                        "accuracies are then those of weights that were chosen on the test images")  # fmt: skip
@@ -420,6 +420,7 @@ def _fit(
     test_loader: Any,
 ) -> int:
     from layerwise_ext import checkpoint
+    from layerwise_ext.models import StagedModel
     from layerwise_ext.train import CSVLogger
 
     trainer = _trainer(arguments, model)
@@ -446,7 +447,8 @@ def _fit(
         return INTERRUPTED
     finally:
         signal.signal(signal.SIGTERM, before)
-    checkpoint.save(output / "backbone.pt", model.backbone_state_dict())
+    tested = StagedModel(trainer.ema_stages)  # with --ema-decay the averages, otherwise the model
+    checkpoint.save(output / "backbone.pt", tested.backbone_state_dict())
     scores = trainer.evaluate(test_loader)
     stages = " ".join(map(_number, scores["accuracy"]))
     print(f"test accuracy {scores['final']:.4f} ({scores['samples']} images; by stage: {stages}); written to {output}")
