@@ -247,7 +247,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(bool overwrite, Tensor z, Optio
   Tensor dz = overwrite ? map : allocate_map(z, shape_of(z), layout);
   OptionalTensor grad_residual = overwrite_grad_y ? grad_y : empty_residual(z, layout, needs_residual);
   gradient.write(dz, grad_residual);
-  if (own_weight) {
+  const bool product =
+      plain && is_dense(dz, Layout::kChannelsLast) && is_product(input, conv_weight, stride, padding, groups);
+  if (own_weight && !product) {
     InputGradientParams formed{};
     formed.map = gradient.params.map;
     formed.z = dz.const_data_ptr();
@@ -259,8 +261,6 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(bool overwrite, Tensor z, Optio
   if (needs_input && plain) grad_input = own_input_gradient(dz, input, conv_weight, kernel);
   if (needs_weight || (needs_input && !grad_input.has_value())) {
     const bool of_input = needs_input && !grad_input.has_value();
-    const bool product =
-        plain && is_dense(dz, Layout::kChannelsLast) && is_product(input, conv_weight, stride, padding, groups);
     const auto [other_input, other_weight] = product ? product_gradients(dz, input, conv_weight, of_input, needs_weight)
                                                      : convolution_gradients(dz, input, conv_weight, stride, padding,
                                                                              dilation, groups, of_input, needs_weight);

@@ -9,8 +9,10 @@ namespace layerwise::cpu {
 constexpr int64_t kDirectLanes = 16;  // output channels are a multiple of this
 constexpr int64_t kDirectBlock = 64;  // output channels at a time; the last block may have fewer
 constexpr int64_t kDirectRowBytes = 32 << 10;  // about so much of the input is copied at a time
-// With more terms to a sum the weights of a block fall out of the L1 cache, and the library's convolution is faster.
+// With more terms to a sum the weights of a block fall out of the L1 cache, and the library's convolution is faster.  Weights
+// that fill it must serve several pixels, which are those of one row.
 constexpr int64_t kDirectMostTerms = 576, kDirectMostInputs = 256;
+constexpr int64_t kDirectWeightBytes = 16 << 10, kDirectFewestColumns = 6;
 
 struct DirectPlan {
   int64_t run;  // elements of x under one row of the kernel, side by side
@@ -57,10 +59,12 @@ static inline int64_t direct_scratch(const DirectPlan& p, const Window& window) 
 }
 
 static inline bool direct_applies(const Map& z, const Shape& x, const Strides& x_strides, const Window& window) {
+  const int64_t terms = window.kernel_h * window.kernel_w * x.c;
+  const int64_t block = z.shape.c < kDirectBlock ? z.shape.c : kDirectBlock;
+  if (terms * block * 2 > kDirectWeightBytes && z.shape.w < kDirectFewestColumns) return false;
   return z.layout == Layout::kChannelsLast && z.dtype == DType::kBFloat16 && x_strides.c == 1 &&
          window.dilation_h == 1 && window.dilation_w == 1 && z.shape.c % kDirectLanes == 0 &&
-         x.c <= kDirectMostInputs && window.kernel_h * window.kernel_w * x.c <= kDirectMostTerms &&
-         z.shape.n * z.shape.h * z.shape.w > 0;
+         x.c <= kDirectMostInputs && terms <= kDirectMostTerms && z.shape.n * z.shape.h * z.shape.w > 0;
 }
 
 }  // namespace layerwise::cpu

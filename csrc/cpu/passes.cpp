@@ -262,7 +262,8 @@ bool has_weight_gradient(const Map& dz, const Shape& x_shape, const Strides& x_s
   // Each column of the kernel has the inputs rewritten, which narrow outputs and wide kernels do not repay.
   constexpr int64_t kFewestProducts = 192, kWidestKernel = 5;
   return dz.dtype == DType::kBFloat16 && kernels().pairs &&
-         (wide || (x_shape.c * dz.shape.c >= kFewestProducts && window.kernel_w <= kWidestKernel));
+         (wide || (x_shape.c * dz.shape.c >= kFewestProducts && window.kernel_h <= kWidestKernel &&
+                   window.kernel_w <= kWidestKernel));
 }
 
 namespace {

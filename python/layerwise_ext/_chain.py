@@ -372,6 +372,8 @@ def _backward_layer(ctx: Any, grad_y: Any, grad_m1: Any, grad_m2: Any) -> tuple[
             del input
             memory.read(ctx.input_node)
             stand_in = memory.saved(ctx.input_node)[-1]
+            if not _has_input_gradient(step, z, conv_weight):
+                _C.make_room(stand_in.nbytes)  # for the gradient, which comes from the library's memory
             grad_input, _, grad_residual = convolution_backward(in_place, stand_in, True, False, needs_residual)
         else:
             input = input if step.around is None else step.around(input)
@@ -407,6 +409,8 @@ def _backward_layer(ctx: Any, grad_y: Any, grad_m1: Any, grad_m2: Any) -> tuple[
 def _forms_dz(step: Layer, z: Tensor, conv_weight: Tensor) -> bool:
     """Whether the weight gradient is likely to form dz in cache, so that z keeps its place until the input's gradient
     (docs/cpu.md). Elsewhere two calls would write dz twice."""
+    if step.form.downsample == "space_to_depth":  # whose dz is written in parts
+        return False
     channels, inputs = conv_weight.shape[:2]
     return _is_ours(_C.has_weight_gradient, step, z, conv_weight, channels, inputs)
 
