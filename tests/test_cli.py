@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import layerwise_ext as lw
 import pytest
@@ -72,6 +74,22 @@ def test_decoupled_training_equals_local_training(tmp_path: Path, capsys: pytest
     assert "workers is 9; allowed: 1 to 3" in refused(
         capsys, *TINY, "--output", str(tmp_path / "new"), "--mode", "decoupled", "--workers", "9"
     )
+
+
+def test_a_lost_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    save = checkpoint.save
+
+    def save_and_kill(*arguments: Any) -> None:
+        save(*arguments)
+        os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+
+    monkeypatch.setattr(checkpoint, "save", save_and_kill)
+    options = ["--mode", "decoupled", "--epochs", "2"]
+    assert train(tmp_path / "run", *options) == cli.FAILED
+    errors = capsys.readouterr().err
+    assert "layerwise-ext: error: worker" in errors and "SIGKILL" in errors and "Traceback" not in errors
+    monkeypatch.undo()
+    assert train(tmp_path / "run", *options, "--resume") == 0
 
 
 def test_plain_layers_train_alike(tmp_path: Path) -> None:
@@ -179,10 +197,10 @@ def test_schedules_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize("init", [init for init in cli.INITS if init != "default"])
 def test_initialisation_from_data(tmp_path: Path, init: str, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--init", init, "--epochs", "1", "--lr", "1e-30", "--optimizer", "sgd"]
+    options = ["--init", init, "--epochs", "1", "--lr", "1e-30", "--optimizer", "sgd", "--limit-train", "120"]
     assert train(tmp_path / "run", *options) == 0
     loaded = data.load("digits")
-    images = data.Normalization.of(loaded.images[:320]).apply(loaded.images[:320:5])
+    images = data.Normalization.of(loaded.images[:120]).apply(loaded.images[[i * 120 // 64 for i in range(64)]])
     model = models.vgg([8, "M", 8], in_channels=1, image_size=(8, 8), seed=7)
     initialize = lw.init.lsuv_ if init == "lsuv" else lw.init.data_dependent_
     initialize(model, images, generator=torch.Generator().manual_seed(0))
@@ -190,7 +208,7 @@ def test_initialisation_from_data(tmp_path: Path, init: str, capsys: pytest.Capt
         if name.endswith(("conv.weight", "conv.bias")):
             torch.testing.assert_close(weights(tmp_path / "run")[name], value, rtol=1e-4, atol=1e-5)
     assert "--init is 'default', but the run in" in refused(
-        capsys, *TINY, "--output", str(tmp_path / "run"), "--lr", "1e-30", "--optimizer", "sgd", "--resume"
+        capsys, *TINY, "--output", str(tmp_path / "run"), *options[4:], "--resume"
     )
 
 
@@ -213,7 +231,7 @@ def test_probe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model.backbone().load_state_dict(weights(run))
     loaders = [data.MemoryLoader(part, 100, normalization) for part in parts]
     found = lw.probe.separability(model, *loaders, dim=64)
-    output = tmp_path / "table.csv"
+    output = tmp_path / "new" / "folder" / "table.csv"
     assert cli.main(["probe", str(run / "backbone.pt"), "--dim", "64", "--output", str(output)]) == 0
     for row, expected in zip(csv.DictReader(output.open()), found.layers, strict=True):
         assert float(row["accuracy"]) == expected.accuracy
@@ -235,6 +253,9 @@ def test_refusals_of_probe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "config.json is not a JSON object" in refused(capsys, "probe", str(run))
     (run / "config.json").write_text(config)
     assert "--device is 'banana'" in refused(capsys, "probe", str(run), "--device", "banana")
+    file = str(run / "config.json")
+    assert "is a folder; name a file" in refused(capsys, "probe", str(run), "--output", str(run))
+    assert "config.json cannot be made" in refused(capsys, "probe", str(run), "--output", f"{file}/table.csv")
     assert not (run / "separability.csv").exists()
 
 
@@ -286,6 +307,8 @@ def test_image_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "--limit-train takes the first images" in refused(capsys, *run, "--image-size", "8", "--limit-train", "3")
     assert cli.main([*run, "--image-size", "8", "--augment", "standard"]) == 0
     assert "(6 images;" in capsys.readouterr().out
+    message = refused(capsys, "probe", str(tmp_path / "run"), "--data-dir", str(tmp_path), "--limit-train", "3")
+    assert "--limit-train takes the first images" in message
     plain = models.vgg([4, "M", 4], in_channels=3, num_classes=3, image_size=(8, 8), fused=False)
     plain.backbone().load_state_dict(weights(tmp_path / "run"), strict=True)
     message = refused(capsys, *TINY, "--output", str(tmp_path / "no"), "--image-size", "8")
@@ -364,6 +387,13 @@ def test_refusals_of_an_existing_run(tmp_path: Path, capsys: pytest.CaptureFixtu
     message = refused(capsys, *TINY, "--output", str(run), "--resume", "--lr", "0.1")
     assert "--lr is 0.1, but the run in" in message
     assert {p.name: p.read_bytes() for p in run.iterdir()} == before
+    settings = json.loads((run / "config.json").read_text())
+    for name in ("accumulate", "init", "workers"):  # of before there were these options
+        del settings[name]
+    (run / "config.json").write_text(json.dumps(settings))
+    message = refused(capsys, *TINY, "--output", str(run), "--resume", "--accumulate", "2")
+    assert "--accumulate is 2, but the run in" in message and "has 1" in message
+    assert train(run, "--epochs", "2", "--resume") == 0
     (run / "checkpoint.pt").write_bytes(b"damaged")
     assert "cannot be used" in refused(capsys, *TINY, "--output", str(run), "--resume", "--epochs", "2")
 

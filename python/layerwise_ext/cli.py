@@ -159,7 +159,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, 2 for bad arguments or data, 130 when interrupted."""
+    """Returns the exit status: 0, 1 when a worker is lost, 2 for bad arguments or data, 130 when interrupted."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command != "bench":
@@ -210,12 +210,13 @@ def _set_threads(threads: int | None) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    import torch
+
     from layerwise_ext import data
 
     if arguments.mode == "joint" and arguments.head != "pooled_linear" and arguments.deep_supervision is None:
         raise UsageError(f"--head is {arguments.head!r}, but --mode joint has no local losses; leave it out")
-    if arguments.data == "image-folder" and arguments.limit_train is not None:
-        raise UsageError("--limit-train takes the first images, which in an image-folder are all of the first classes")
+    _check_limit(arguments.data, arguments.limit_train)
     for name, modes in OF_MODES.items():
         if getattr(arguments, name) and arguments.mode not in modes:
             raise UsageError(f"{_option(name)} is for --mode {' or '.join(modes)}, not {arguments.mode}")
@@ -241,8 +242,9 @@ def _train(arguments: argparse.Namespace) -> int:
         )
         test_loader = data.MemoryLoader(test_split, min(512, len(test_split.labels)), normalization)
         model = _model(arguments, tuple(train_split.images.shape[1:]), info.num_classes)
-        step = len(train_split.labels) // arguments.batch_size  # files may be sorted by class
-        _initialize(arguments, model, normalization.apply(train_split.images[::step][: arguments.batch_size]))
+        count, size = len(train_split.labels), arguments.batch_size
+        spread = torch.arange(size) * count // size  # files may be sorted by class
+        _initialize(arguments, model, normalization.apply(train_split.images[spread]))
     except (data.DataError, ValueError) as error:
         raise UsageError(str(error)) from error
     return _fit(arguments, output, settings, model, loader, test_loader)
@@ -273,6 +275,11 @@ def _first(split: Split, count: int | None) -> Split:
     return split if count is None else type(split)(*(part[:count] for part in split))
 
 
+def _check_limit(name: str, limit: int | None) -> None:
+    if name == "image-folder" and limit is not None:
+        raise UsageError("--limit-train takes the first images, which in an image-folder are all of the first classes")
+
+
 def _run_name(arguments: argparse.Namespace) -> str:
     parts = [arguments.data, arguments.model.replace(",", "_"), arguments.mode]
     for name, usual in (("head", "pooled_linear"), ("downsampling", "standard"), ("init", "default")):
@@ -297,13 +304,10 @@ def _check_run_folder(output: Path, settings: dict[str, Any], resume: bool) -> N
         return
     if not config_path.is_file():
         raise UsageError(f"--resume: {config_path} does not exist, so there is no run to go on with")
-    try:
-        saved = json.loads(config_path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"--resume: {config_path} is not JSON ({error})") from error
+    saved = _settings_of(output)
     for name, value in settings.items():
-        if saved.get(name) != value:
-            found = saved.get(name)
+        found = getattr(saved, name)
+        if found != value:
             raise UsageError(f"--resume: {_option(name)} is {value!r}, but the run in {output} has {found!r}")
 
 
@@ -445,6 +449,11 @@ def _fit(
     except KeyboardInterrupt:
         print(f"\ninterrupted after epoch {trainer.epoch}; go on with the same command and --resume", file=sys.stderr)
         return INTERRUPTED
+    except RuntimeError as error:
+        if arguments.mode != "decoupled":
+            raise
+        print(f"layerwise-ext: error: {error}", file=sys.stderr)  # of a worker, with its traceback if it has one
+        return FAILED
     finally:
         signal.signal(signal.SIGTERM, before)
     tested = StagedModel(trainer.ema_stages)  # with --ema-decay the averages, otherwise the model
@@ -481,7 +490,15 @@ def _probe(arguments: argparse.Namespace) -> int:
     folder, file = (path, path / "checkpoint.pt") if path.is_dir() else (path.parent, path)
     settings = _settings_of(folder)
     settings.data_dir = arguments.data_dir
+    _check_limit(settings.data, arguments.limit_train)
     device = _device(arguments.device)
+    output: Path = arguments.output or folder / "separability.csv"
+    if output.is_dir():
+        raise UsageError(f"--output: {output} is a folder; name a file")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output: {output.parent} cannot be made ({error.strerror})") from error
     _set_threads(arguments.threads)
     try:
         train_split, test_split = _splits(settings)
@@ -494,10 +511,13 @@ def _probe(arguments: argparse.Namespace) -> int:
         found = probe.separability(model.to(device), *loaders, dim=arguments.dim)
     except (data.DataError, ValueError) as error:
         raise UsageError(str(error)) from error
-    output = arguments.output or folder / "separability.csv"
-    _write_table(output, found.to_dict()["layers"])
     print(found)
-    print(f"{found.samples} training images, {found.test_samples} test images; written to {output}")
+    print(f"{found.samples} training images, {found.test_samples} test images")
+    try:
+        _write_table(output, found.to_dict()["layers"])
+    except OSError as error:
+        raise UsageError(f"--output: {output} cannot be written ({error.strerror})") from error
+    print(f"written to {output}")
     return OK
 
 
