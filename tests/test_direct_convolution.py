@@ -137,6 +137,7 @@ def test_weight_gradient_of_a_written_gradient(form: str, dtype: torch.dtype) ->
         out = (size - 1) // stride + 1
         residual = torch.randn(14, channels, out, out, generator=g).to(dtype)
         residual = residual.contiguous(memory_format=torch.channels_last)
+
         def plain(x: Tensor, weight: Tensor, residual: Tensor, kernel: int = kernel, stride: int = stride) -> Tensor:
             z = F.conv2d(x, weight, None, stride, kernel // 2)
             u = F.batch_norm(z, None, None, training=True)
