@@ -34,7 +34,7 @@ if [ $# -gt 0 ]; then
   pytest "$@"
 else
   pytest -n "${WORKERS:-2}" tests/test_bn_act_moments.py tests/test_extended.py tests/test_conv_bn_act.py tests/test_head.py \
-    tests/test_winograd.py tests/test_dot_convolution.py tests/test_simt.py
+    tests/test_winograd.py tests/test_dot_convolution.py tests/test_direct_convolution.py tests/test_simt.py
   pytest -n "${WORKERS:-2}" --backend=simt tests/test_cuda_kernels.py tests/test_bn_act_moments.py tests/test_extended.py \
     tests/test_conv_bn_act.py tests/test_head.py tests/test_autotune.py
 fi
