@@ -21,6 +21,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if "LAYERWISE_SANITIZED" in os.environ and _C.build_info()["sanitizers"] != "ON":  # also in each worker
+        raise pytest.UsageError(f"{_C.__file__} was built without sanitizers")
     config.addinivalue_line("markers", "cpu_kernels: only the CPU's kernels have it; left out with other backends")
     backend = config.getoption("--backend")
     if backend != "cpu":

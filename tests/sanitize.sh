@@ -29,12 +29,15 @@ export LD_PRELOAD="$("$cxx" -print-file-name=libasan.so):$("$cxx" -print-file-na
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 "$python" -S -c 'from layerwise_ext._ops import _C; assert _C.build_info()["sanitizers"] == "ON", _C.__file__'
 export LAYERWISE_SIMT_BUILD="$PWD/build/sanitize/simt" # the CUDA kernels on the host
+export LAYERWISE_SANITIZED=1 # conftest.py then insists on this build
 pytest() { "$python" -S -m pytest -p no:cacheprovider -q "$@"; }
 if [ $# -gt 0 ]; then
   pytest "$@"
 else
-  pytest -n "${WORKERS:-2}" tests/test_bn_act_moments.py tests/test_extended.py tests/test_conv_bn_act.py tests/test_head.py \
+  # Workers need the -S as well.
+  parallel=(--dist load --tx "${WORKERS:-2}*popen//python=$python -S")
+  pytest "${parallel[@]}" tests/test_bn_act_moments.py tests/test_extended.py tests/test_conv_bn_act.py tests/test_head.py \
     tests/test_winograd.py tests/test_dot_convolution.py tests/test_direct_convolution.py tests/test_simt.py
-  pytest -n "${WORKERS:-2}" --backend=simt tests/test_cuda_kernels.py tests/test_bn_act_moments.py tests/test_extended.py \
+  pytest "${parallel[@]}" --backend=simt tests/test_cuda_kernels.py tests/test_bn_act_moments.py tests/test_extended.py \
     tests/test_conv_bn_act.py tests/test_head.py tests/test_autotune.py
 fi
