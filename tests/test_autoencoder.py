@@ -102,6 +102,8 @@ def test_a_step_by_hand(tied: bool) -> None:
     layer = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
     trainer = pretrainer([layer], sgd, tied=tied, noise=0.3)
     peer, decoder, x = copy.deepcopy(layer), copy.deepcopy(trainer.decoders[0]), images(8)
+    for p in layer.parameters():
+        p.grad = torch.ones_like(p)  # is left over from something else
     torch.manual_seed(5)
     history = trainer.fit([(x, None)], 1)
     torch.manual_seed(5)
@@ -212,6 +214,7 @@ def test_refusals() -> None:
         (ValueError, r"layers\[1\] has 2 convolutions and linear layers", residual, {}),
         (ValueError, r"layers\[0\] has a Conv1d that a decoder cannot undo", [nn.Conv1d(2, 2, 3)], {}),
         (ValueError, "padding='same' and kernel_size", [nn.Conv2d(2, 2, 2, padding="same")], {}),
+        (ValueError, r"layers\[1\] has a lazy module", [linear, nn.LazyConv2d(2, 3)], {}),
         (ValueError, "noise is 1.0; allowed: 0 to below 1", [linear], {"noise": 1.0}),
     ]:
         with pytest.raises(error, match=match):
@@ -223,6 +226,13 @@ def test_refusals() -> None:
         trainer.fit([], 1)
     with pytest.raises(TypeError, match="the loader gave a str"):
         trainer.fit(["x"], 1)
+    for layer, x, match in [
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), images(), r"\[24, 144\] that .*; \[N, 4, H, W\]"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.PixelShuffle(2)), images(), r"\[24, 1, 12, 12\] that"),
+        (nn.Sequential(nn.Linear(4, 4), nn.GLU()), images(shape=(4,)), r"\[24, 2\] that .*; \[N, 4\]"),
+    ]:
+        with pytest.raises(ValueError, match=r"layers\[0\] gives a code " + match):
+            pretrainer([layer]).fit([x], 1)
     state = trainer.state_dict()
     with pytest.raises(ValueError, match="the state has 1 layers; this trainer has 2"):
         pretrainer([nn.Linear(4, 2), nn.Linear(2, 2)]).load_state_dict(state)

@@ -321,6 +321,14 @@ def test_images_are_cut_to_their_middle_and_resized(tmp_path: Path) -> None:
     assert half[:, [0, 2, 5, 6]].tolist() == [[0, 88, 175, 25]] * 4  # the filter is a triangle over 4 pixels
 
 
+@pytest.mark.parametrize(("dtype", "name"), [(np.uint16, "a.png"), (np.int32, "a.tif"), (np.float32, "a.tiff")])
+def test_images_of_more_than_8_bits_are_refused(tmp_path: Path, dtype: type, name: str) -> None:
+    (tmp_path / "cat").mkdir()
+    Image.fromarray(np.full((4, 4), 300, dtype)).save(tmp_path / "cat" / name)
+    with pytest.raises(data.DataError, match=rf"{name}: its mode is [IF].*; images of 8 bits per channel are read"):
+        data.read_image_folder(tmp_path, 4)
+
+
 def test_image_folders_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(data.DataError, match=r"no folder train; train and test, each with a folder per class"):
         data.load("image-folder", tmp_path, image_size=4)
@@ -330,6 +338,10 @@ def test_image_folders_that_are_refused(tmp_path: Path) -> None:
     assert len(data.read_image_folder(tmp_path / "train", (64, 32), limit_bytes=4 * 3 * 64 * 32).labels) == 4
     with pytest.raises(ValueError, match="image_size is 0; allowed: 1 or more"):
         data.read_image_folder(tmp_path / "train", 0)
+    for size in (16.0, (16.0, 16.0), (4, 4, 4), None):
+        with pytest.raises(ValueError, match=r"image_size is .*; allowed: 1 or more pixels"):
+            data.read_image_folder(tmp_path / "train", size)
+    assert data.read_image_folder(tmp_path / "train", np.int64(4)).images.shape == (4, 3, 4, 4)
     with pytest.raises(ValueError, match="channels is 2; allowed: 1, 3"):
         data.read_image_folder(tmp_path / "train", 4, channels=2)
     with pytest.raises(ValueError, match="image_size is None; image-folder needs"):
@@ -471,3 +483,10 @@ def test_download_asks_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     utils.download_and_extract_archive = fail  # type: ignore[attr-defined]
     with pytest.raises(data.DataError, match=r"cifar10 could not be fetched into .* \(File not found"):
         data.download("cifar10", tmp_path)
+
+    def without_scipy(*args: Any, **options: Any) -> None:
+        raise ImportError("No module named 'scipy'")
+
+    datasets.SVHN = without_scipy  # type: ignore[attr-defined]
+    with pytest.raises(data.DataError, match=r"svhn could not be fetched into .* \(No module named 'scipy'"):
+        data.download("svhn", tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -171,6 +172,12 @@ def test_augmentation_that_is_refused() -> None:
         (lambda: data.Augment(-1), "crop_padding is -1; allowed: 0 or more"),
         (lambda: data.Augment(cutout=0), "cutout is 0; allowed: 1 or more pixels, None"),
         (lambda: data.Cutout(1, fill=(1, 2))(images_of(2)), "fill has 2 values; allowed: one, or 3"),
+        (lambda: data.Cutout(1, fill=(1, 2, 256))(images_of(2)), "allowed for torch.uint8 images: 0 to 255"),
+        (lambda: data.Cutout(1, fill=math.nan), "fill is nan; it must be finite"),
+        (lambda: data.Cutout(1, fill=[[1.0]]), r"fill has shape \[1, 1\]; allowed: one number, or one per channel"),
+        (lambda: data.RandomCrop(1, -1)(images_of(2)), "fill is -1; allowed for torch.uint8 images: 0 to 255"),
+        (lambda: data.RandomCrop(1, math.inf), "fill is inf; it must be finite"),
+        (lambda: data.Augment(cutout_fill=math.nan), "cutout_fill is nan; it must be finite"),
     ]:
         with pytest.raises(ValueError, match=message):
             make()
@@ -288,6 +295,15 @@ def test_classes_per_batch_that_are_refused() -> None:
     split = random_split(12)
     with pytest.raises(ValueError, match="classes_per_batch is 2 with shuffle=False"):
         data.MemoryLoader(split, 4, data.Normalization.of(split.images), classes_per_batch=2)
+
+
+def test_splits_that_are_refused() -> None:
+    split = random_split(12)
+    normalization = data.Normalization.of(split.images)
+    with pytest.raises(ValueError, match="split has 12 images and 11 labels"):
+        data.MemoryLoader(data.Split(split.images, split.labels[1:]), 4, normalization)
+    with pytest.raises(TypeError, match=r"split\.images is torch\.float32; allowed: torch\.uint8"):
+        data.MemoryLoader(data.Split(split.images.float(), split.labels), 4, normalization)
 
 
 def test_loaders_with_classes_per_batch() -> None:

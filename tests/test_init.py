@@ -409,5 +409,10 @@ def test_refusals_of_one() -> None:
     before = wrapped[0].weight.clone()
     with pytest.raises(TypeError, match="model gives tuple; a floating-point tensor is needed"):
         data_dependent_(wrapped, x)
+    wrapped[2].forward = lambda x: x.detach()  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="the model's output has no graph"):
+        data_dependent_(wrapped, x)
+    with torch.inference_mode(), pytest.raises(ValueError, match="the model's output has no graph"):
+        data_dependent_(model, x)
     assert torch.equal(wrapped[0].weight, before)
     lsuv_(wrapped, x)

@@ -243,7 +243,8 @@ def test_refusals_of_separability() -> None:
         (ValueError, "target holds -9; allowed: class indices from 0", (staged, [(data[0][0], data[0][1] - 9)]), {}),
         (ValueError, "the output of 'stages.0' is not finite", (staged, [(data[0][0] * math.inf, data[0][1])]), {}),
         (RuntimeError, "loader gave no batches", (staged, []), {}),
-        (RuntimeError, "an iterator is used up after one pass", (staged, iter(data)), {}),
+        (RuntimeError, "an iterator is used up after one pass", (staged, data, iter([])), {}),
+        (ValueError, "loader is a list_iterator, used up after one pass", (staged, iter(data)), {}),
     ]:  # fmt: skip
         with pytest.raises(error, match=match):
             separability(*arguments, **options)

@@ -159,7 +159,8 @@ def data_dependent_(
     Raises:
         TypeError: ``model`` is not a module or gives no floating-point tensor, ``batch`` is not such a tensor.
         ValueError: an empty batch, no layers that are called, lazy modules that have not run, ``max_rounds`` below 0,
-            ``tolerance`` not positive, ``beta`` not finite. When the model fails, the parameters are put back.
+            ``tolerance`` not positive, ``beta`` not finite, an output without a graph. When the model fails, the
+            parameters are put back.
     """
     layers, skipped = _layers(model, batch)
     if not math.isfinite(beta):
@@ -220,6 +221,11 @@ class _Between:
             y = call(model, batch)
             if not isinstance(y, Tensor) or not y.is_floating_point():
                 raise TypeError(f"model gives {type(y).__name__}; a floating-point tensor is needed")
+            if not y.requires_grad:
+                raise ValueError(
+                    "the model's output has no graph, so no gradient reaches its weights; it must neither be detached "
+                    "nor be computed in no_grad or inference_mode"
+                )
             if self._eta is None:
                 device = "cpu" if self.generator is None else self.generator.device
                 self._eta = torch.randn(y.shape, generator=self.generator, device=device).to(y)

@@ -102,7 +102,8 @@ def separability(
             gets) are looked at; or any module, with ``layers``.
         loader: ``(images, target)`` batches that the probes are fitted to and the other two numbers are of; iterated
             once. ``target`` is int64 ``[N]``, from 0.
-        test_loader: batches for the accuracy. None: ``loader`` once more, which flatters wide layers.
+        test_loader: batches for the accuracy. None: ``loader`` once more, which flatters wide layers and which an
+            iterator cannot give.
         layers: names of modules of ``model`` (as in ``named_modules``) whose outputs are looked at: ``[N, C, H, W]`` or
             ``[N, D]``. Children of a ConvBNReLU2d are not called; name the layer itself.
         dim: see above; a layer with more channels has one feature per channel.
@@ -115,7 +116,8 @@ def separability(
     Raises:
         TypeError: ``model`` is neither of these; batches that are not pairs, targets that are not int64.
         ValueError: unknown ``layers``, or such as are not called exactly once per batch or give another shape; ``dim``
-            below 1; ``ridge`` not positive; a target below 0 or of another shape; outputs that are not finite.
+            below 1; ``ridge`` not positive; an iterator as ``loader`` without ``test_loader``; a target below 0 or of
+            another shape; outputs that are not finite.
         RuntimeError: a loader without batches.
     """
     points = _points(model, layers)
@@ -123,6 +125,8 @@ def separability(
         raise ValueError(f"dim is {dim}; it must be at least 1")
     if not (ridge > 0 and math.isfinite(ridge)):
         raise ValueError(f"ridge is {ridge}; it must be positive and finite")
+    if test_loader is None and isinstance(loader, Iterator):
+        raise ValueError(f"loader is a {type(loader).__name__}, used up after one pass; give test_loader, too")
     device = next((p.device for p in points.root.parameters()), torch.device("cpu"))
     scatters: list[_Scatter | None] = [None] * len(points.names)
     samples, test_samples = 0, 0

@@ -22,6 +22,26 @@ def _rows(images: Tensor) -> Tensor:
     return images.permute(0, 2, 3, 1).contiguous()
 
 
+def _values(name: str, fill: float | Sequence[float]) -> Tensor:
+    """float64, ``[]`` or ``[C]``."""
+    values = torch.as_tensor(fill, dtype=torch.float64)
+    if values.dim() > 1:
+        raise ValueError(f"{name} has shape {list(values.shape)}; allowed: one number, or one per channel")
+    if not bool(values.isfinite().all()):
+        raise ValueError(f"{name} is {fill}; it must be finite")
+    return values
+
+
+def _fill(fill: float | Sequence[float], images: Tensor) -> Tensor:
+    """As :func:`_values`, rounded for images of integers."""
+    values = _values("fill", fill)
+    if images.is_floating_point():
+        return values
+    if bool(((values < 0) | (values > 255)).any()):
+        raise ValueError(f"fill is {fill}; allowed for {images.dtype} images: 0 to 255")
+    return values.round()
+
+
 @dataclass(frozen=True)
 class RandomCrop:
     """The image after a shift of up to ``padding`` pixels up or down and left or right, all equally likely, as a crop
@@ -33,12 +53,14 @@ class RandomCrop:
     def __post_init__(self) -> None:
         if self.padding < 1:
             raise ValueError(f"padding is {self.padding}; allowed: 1 or more pixels")
+        if _values("fill", self.fill).dim() > 0:
+            raise ValueError(f"fill is {self.fill}; allowed: one number")
 
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         count, _, height, width = images.shape
-        p = self.padding
+        p, fill = self.padding, float(_fill(self.fill, images))
         offsets = torch.randint(2 * p + 1, (2, count), generator=generator).to(images.device)
-        padded = F.pad(_rows(images), (0, 0, p, p, p, p), value=self.fill)
+        padded = F.pad(_rows(images), (0, 0, p, p, p, p), value=fill)
         crops = padded.unfold(1, height, 1).unfold(2, width, 1)  # all of them: [B, 2p + 1, 2p + 1, C, H, W], a view
         chosen = crops.permute(0, 1, 2, 4, 5, 3)[torch.arange(count, device=images.device), offsets[0], offsets[1]]
         return chosen.permute(0, 3, 1, 2)
@@ -74,15 +96,14 @@ class Cutout:
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ValueError(f"size is {self.size}; allowed: 1 or more pixels")
+        _values("fill", self.fill)
 
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         count, channels, height, width = images.shape
-        rows = _rows(images)
-        fill = torch.as_tensor(self.fill)
+        fill = _fill(self.fill, images)
         if fill.dim() == 1 and len(fill) != channels:
             raise ValueError(f"fill has {len(fill)} values; allowed: one, or {channels}, the number of channels")
-        if not images.is_floating_point():
-            fill = fill.round()
+        rows = _rows(images)
         row, column = (self._covered(count, length, generator).to(rows.device) for length in (height, width))
         image = torch.arange(count, device=rows.device)[:, None, None]
         changed = rows.clone()
@@ -120,6 +141,7 @@ class Augment:
             raise ValueError(f"crop_padding is {self.crop_padding}; allowed: 0 or more pixels")
         if self.cutout is not None and self.cutout < 1:
             raise ValueError(f"cutout is {self.cutout}; allowed: 1 or more pixels, None")
+        _values("cutout_fill", self.cutout_fill)
 
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         if self.crop_padding:

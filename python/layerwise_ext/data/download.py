@@ -45,5 +45,5 @@ def download(name: str, directory: str | os.PathLike[str]) -> None:
                 getattr(datasets, _TORCHVISION[name])(str(folder), split=split, download=True)
         else:
             getattr(datasets, _TORCHVISION[name])(str(folder), download=True)
-    except (OSError, RuntimeError) as error:
+    except (ImportError, OSError, RuntimeError) as error:  # torchvision imports SciPy for some
         raise DataError(f"{name} could not be fetched into {folder} ({error})") from error

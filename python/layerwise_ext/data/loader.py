@@ -59,7 +59,8 @@ class MemoryLoader:
         seed: of the order and the augmentation.
 
     Raises:
-        ValueError: ``batch_size`` or ``classes_per_batch`` out of range.
+        TypeError: images that are not uint8.
+        ValueError: not as many images as labels; ``batch_size`` or ``classes_per_batch`` out of range.
     """
 
     def __init__(
@@ -74,6 +75,10 @@ class MemoryLoader:
         classes_per_batch: int | None = None,
         seed: int = 0,
     ) -> None:
+        if split.images.dtype != torch.uint8:
+            raise TypeError(f"split.images is {split.images.dtype}; allowed: torch.uint8")
+        if len(split.images) != len(split.labels):
+            raise ValueError(f"split has {len(split.images)} images and {len(split.labels)} labels")
         if not 1 <= batch_size <= len(split.labels):
             raise ValueError(f"batch size is {batch_size}; allowed: 1 to {len(split.labels)}, the number of images")
         if classes_per_batch is not None and not shuffle:

@@ -35,11 +35,12 @@ def subset(split: Split, *, per_class: int, seed: int = 0) -> Split:
     """
     if per_class < 1:
         raise ValueError(f"per_class is {per_class}; allowed: 1 or more")
-    counts = count_by_class(split.labels)
+    labels = split.labels.cpu()  # where the order is drawn
+    counts = count_by_class(labels)
     for label, count in enumerate(counts.tolist()):
         if 0 < count < per_class:
             raise ValueError(f"per_class is {per_class}, but class {label} has {count} images")
-    order = shuffled_by_class(split.labels, torch.Generator().manual_seed(seed))
+    order = shuffled_by_class(labels, torch.Generator().manual_seed(seed))
     rank = torch.arange(len(order)) - (counts.cumsum(0) - counts).repeat_interleave(counts)  # within its class
     chosen = order[rank < per_class].sort().values
-    return Split(split.images[chosen], split.labels[chosen])
+    return Split(*(part[chosen.to(part.device)] for part in split))

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
 from layerwise_ext import functional
@@ -58,7 +59,8 @@ class AutoencoderPretrainer:
     Raises:
         TypeError: a layer that is not a module.
         ValueError: no layers; a layer with none or several convolutions and linear layers, or one that the decoder
-            cannot undo; ``noise`` outside [0, 1); (when run) a layer whose decoder gives another shape than its input.
+            cannot undo; lazy modules that have not run; ``noise`` outside [0, 1); (when run) a code that the decoder
+            cannot undo, such as a flattened map, or one whose decoder gives another shape than the input.
 
     Attributes:
         layer: index of the layer that is being trained; ``len(layers)`` when all are done.
@@ -95,7 +97,7 @@ class AutoencoderPretrainer:
         self.cache = cache
         self.cache_limit_bytes = cache_limit_bytes
         self.generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
-        self.decoders = [_Decoder(layer, tied, self.generator) for layer in weighted]
+        self.decoders = [_Decoder(i, layer, tied, self.generator) for i, layer in enumerate(weighted)]
         self._encoders = [layer.body if isinstance(layer, LocalStage) else layer for layer in self.layers]
         for module in (*self.layers, *self.decoders):
             module.to(self.device)
@@ -122,6 +124,7 @@ class AutoencoderPretrainer:
         noisy = F.dropout(x, self.noise) * (1 - self.noise) if self.noise else x
         y = self.decoders[self.layer](_encode(self.layers[self.layer], noisy), x.shape)
         loss = F.mse_loss(y, x)
+        optimizer.zero_grad(set_to_none=True)  # of whatever was done with the layer before
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -296,7 +299,10 @@ def _weighted(index: int, layer: nn.Module) -> Layer:
     """The convolution or linear layer of layers[index]."""
     if not isinstance(layer, nn.Module):
         raise TypeError(f"layers[{index}] is {type(layer).__name__}; a LocalStage or another module is needed")
-    found = layers_of(layer.body if isinstance(layer, LocalStage) else layer)
+    encoder = layer.body if isinstance(layer, LocalStage) else layer
+    if any(map(is_lazy, encoder.parameters())):
+        raise ValueError(f"layers[{index}] has a lazy module without parameters; run it once before")
+    found = layers_of(encoder)
     if len(found) != 1:
         raise ValueError(f"layers[{index}] has {len(found)} convolutions and linear layers; 1 is needed")
     module = found[0].module
@@ -315,8 +321,9 @@ class _Decoder(nn.Module):
 
     weight: nn.Parameter | None
 
-    def __init__(self, layer: Layer, tied: bool, generator: torch.Generator) -> None:
+    def __init__(self, index: int, layer: Layer, tied: bool, generator: torch.Generator) -> None:
         super().__init__()
+        self._name = f"layers[{index}]"
         self._layer = (layer,)  # no child: its parameters are the encoder's
         own, _ = layer.parameters()
         if tied:
@@ -335,11 +342,11 @@ class _Decoder(nn.Module):
         (layer,) = self._layer
         weight = layer.parameters()[0] if self.weight is None else self.weight
         if isinstance(layer.module, nn.Linear):
+            if code.dim() < 2 or code[0].numel() != layer.module.out_features:
+                raise self._refusal(code, f"[N, {layer.module.out_features}]")
             y = F.linear(code.flatten(1), weight.T, self.bias)
             if y.numel() != math.prod(shape):
-                raise ValueError(
-                    f"the decoder of a linear layer gives {y[0].numel()} elements, its input is {list(shape)}"
-                )
+                raise ValueError(f"{self._name}: its decoder gives {y[0].numel()} elements, its input is {list(shape)}")
             return y.view(shape)
         conv = cast(nn.Conv2d, layer.module)
         stride, padding = _geometry(layer)
@@ -348,11 +355,18 @@ class _Decoder(nn.Module):
         for n, s, p, k in zip(shape[2:], stride, padding, kernel, strict=True):
             size.append((n + 2 * p - k - 1) // s + 1)
             rest.append((n + 2 * p - k - 1) % s)  # rows that the convolution did not reach
+        if not _can_be_enlarged(code, conv.out_channels, size):
+            raise self._refusal(code, f"[N, {conv.out_channels}, H, W], pooled or after space-to-depth,")
         z = _enlarged(code, conv.out_channels, size)
         y = F.conv_transpose2d(z, weight, self.bias, stride, padding, rest, conv.groups, conv.dilation)
         if y.shape != shape:
-            raise ValueError(f"the decoder of a convolution gives shape {list(y.shape)}, its input is {list(shape)}")
+            raise ValueError(f"{self._name}: its decoder gives shape {list(y.shape)}, its input is {list(shape)}")
         return y
+
+    def _refusal(self, code: Tensor, needed: str) -> ValueError:
+        return ValueError(
+            f"{self._name} gives a code {list(code.shape)} that a decoder cannot undo; {needed} is needed"
+        )
 
 
 def _geometry(layer: Layer) -> tuple[list[int], list[int]]:
@@ -367,6 +381,13 @@ def _geometry(layer: Layer) -> tuple[list[int], list[int]]:
         same = conv.padding == "same"
         return stride, [d * (k - 1) // 2 * same for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
     return stride, list(conv.padding)
+
+
+def _can_be_enlarged(code: Tensor, channels: int, size: Sequence[int]) -> bool:
+    if code.dim() != 4 or 0 in code.shape:
+        return False
+    cells = math.prod(n // m for n, m in zip(size, code.shape[2:], strict=True))
+    return code.shape[1] in (channels, channels * cells)
 
 
 def _enlarged(code: Tensor, channels: int, size: Sequence[int]) -> Tensor:

@@ -9,6 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,8 @@ def decode(source: Path | io.BytesIO, name: str, size: tuple[int, int] | None = 
     With ``size`` ``(H, W)``, the largest central part of its proportions, resized with an antialiased bilinear filter.
 
     Raises:
-        DataError: Pillow is not installed, or cannot decode the image, which is called ``name`` then.
+        DataError: Pillow is not installed, or cannot decode the image, which is called ``name`` then; more than 8 bits
+            per channel.
     """
     try:
         from PIL import Image, ImageOps
@@ -33,6 +35,8 @@ def decode(source: Path | io.BytesIO, name: str, size: tuple[int, int] | None = 
         raise DataError("images are decoded by Pillow: pip install 'layerwise_ext[data]'") from error
     try:
         with Image.open(source) as file:
+            if file.mode.startswith(("I", "F")):  # convert would clip them
+                raise DataError(f"{name}: its mode is {file.mode}; images of 8 bits per channel are read")
             image = file.convert("RGB" if channels == 3 else "L")
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         raise DataError(f"{name}: not a complete image ({error})") from error
@@ -56,10 +60,10 @@ def _decode_all(count: int, shape: tuple[int, int, int], decode_one: Callable[[i
 
 def to_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
     """``(H, W)``, from one number for squares."""
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(size) != 2 or min(size) < 1:
+    size = tuple(image_size) if isinstance(image_size, Sequence) else (image_size, image_size)
+    if len(size) != 2 or not all(isinstance(n, Integral) and n >= 1 for n in size):
         raise ValueError(f"image_size is {image_size}; allowed: 1 or more pixels, or (H, W) of such numbers")
-    return size
+    return int(size[0]), int(size[1])
 
 
 # -- Folders -----------------------------------------------------------------------------------------------------------
