@@ -1,6 +1,6 @@
 """Times local training of VGG8b in several processes against the same in one process.
 
-    python benchmarks/bench_decoupled.py            2 workers, batch 64, fp32 and bf16: a quarter of an hour
+    python benchmarks/bench_decoupled.py            2 workers, batch 64, fp32 and bf16
     python benchmarks/bench_decoupled.py --quick    a narrow network and few rounds: shows that it runs
 
 Contestants, all from the same parameters on the same batches, optimizer (Adam) included: a LocalTrainer with one

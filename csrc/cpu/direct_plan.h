@@ -9,8 +9,8 @@ namespace layerwise::cpu {
 constexpr int64_t kDirectLanes = 16;  // output channels are a multiple of this
 constexpr int64_t kDirectBlock = 64;  // output channels at a time; the last block may have fewer
 constexpr int64_t kDirectRowBytes = 32 << 10;  // about so much of the input is copied at a time
-// With more terms to a sum the weights of a block fall out of the L1 cache, and the library's convolution is faster.  Weights
-// that fill it must serve several pixels, which are those of one row.
+// With more terms to a sum, measured, the library's convolution is faster.  Weights of more than a part of the L1 cache must
+// serve several pixels, which are those of one row.
 constexpr int64_t kDirectMostTerms = 576, kDirectMostInputs = 256;
 constexpr int64_t kDirectWeightBytes = 16 << 10, kDirectFewestColumns = 6;
 
