@@ -4,6 +4,7 @@
 #   make test TORCH="torch==2.12.0"                        another torch
 #   make test TORCH="torch==2.13.0 --index-url <URL>"      from another index, for instance the one with CPU-only wheels
 #   make test PYTHON=python3.12                            another Python, when .venv does not exist yet
+#   make test STRICT=OFF                                   compilers' warnings are no errors
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -22,6 +23,7 @@ all: .venv/installed
 demo: .venv/installed
 	$(bin)/layerwise-ext demo
 
+test: STRICT ?= ON
 test: lint
 	OMP_NUM_THREADS=1 $(bin)/python -m pytest -n $(WORKERS)
 	OMP_NUM_THREADS=1 $(bin)/python -m pytest -n $(WORKERS) --backend=simt $(simt_tests)
@@ -49,7 +51,8 @@ clean:
 
 # The Python side is used from python/ as it stands (an editable installation), so only C++ changes need a build.
 .venv/installed: .venv/requirements $(build_inputs)
-	$(bin)/python -m pip install --no-build-isolation --no-deps --no-index --editable .
+	$(bin)/python -m pip install --no-build-isolation --no-deps --no-index --editable . \
+	  -C cmake.define.LAYERWISE_STRICT=$(or $(STRICT),OFF)
 	@touch $@
 
 .venv/requirements: requirements.txt .venv/torch

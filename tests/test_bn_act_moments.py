@@ -11,7 +11,19 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layerwise_ext import _C, functional, reference
-from operator_cases import DTYPES, LAYOUTS, LOSSES, check, draw, eager, loss_of, off_zero, parameters, quarters
+from operator_cases import (
+    CAPABILITIES,
+    DTYPES,
+    LAYOUTS,
+    LOSSES,
+    check,
+    draw,
+    eager,
+    loss_of,
+    off_zero,
+    parameters,
+    quarters,
+)
 from torch import Tensor
 
 EPS = 1e-3
@@ -242,7 +254,7 @@ def restored_capability() -> Any:
     _C.set_cpu_capability(before)
 
 
-@pytest.mark.parametrize("capability", _C.cpu_capabilities())
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_capability(capability: str, restored_capability: None) -> None:
     _C.set_cpu_capability(capability)
     for (n, c, h, w, bins), dtype, layout in itertools.product(SHAPES[1::2], DTYPES.values(), LAYOUTS.values()):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from layerwise_ext import _C, functional, reference
-from operator_cases import DTYPES, LAYOUTS, LOSSES, MARGIN, check, draw, loss_of, parameters, quarters
+from operator_cases import CAPABILITIES, DTYPES, LAYOUTS, LOSSES, MARGIN, check, draw, loss_of, parameters, quarters
 from torch import Tensor
 
 EPS = 1e-3
@@ -188,7 +188,7 @@ def test_downsampling(shape: Any, dtype: str, layout: str) -> None:
         compare(shape, DTYPES[dtype], LAYOUTS[layout], activation, i % 2 == 1, kind, training=i % 3 != 2, affine=i != 1)
 
 
-@pytest.mark.parametrize("capability", _C.cpu_capabilities())
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_capability(capability: str, restored_capability: None) -> None:
     _C.set_cpu_capability(capability)
     for shape, dtype, layout in itertools.product(SHAPES[::3], DTYPES.values(), LAYOUTS.values()):

@@ -8,7 +8,11 @@
 namespace layerwise::cpu::LAYERWISE_ISA {
 namespace {
 
+#if defined(__SANITIZE_ADDRESS__)
+#define ALWAYS_INLINE  // one function of everything takes minutes to compile with its checks
+#else
 #define ALWAYS_INLINE __attribute__((always_inline))
+#endif
 
 template <class T>
 const T* at(const void* base, const Strides& s, int64_t n, int64_t c, int64_t h, int64_t w) {
