@@ -52,7 +52,7 @@ clean:
 # The Python side is used from python/ as it stands (an editable installation), so only C++ changes need a build.
 .venv/installed: .venv/requirements $(build_inputs)
 	$(bin)/python -m pip install --no-build-isolation --no-deps --no-index --editable . \
-	  -C cmake.define.LAYERWISE_STRICT=$(or $(STRICT),OFF)
+	  --config-settings=cmake.define.LAYERWISE_STRICT=$(or $(STRICT),OFF)
 	@touch $@
 
 .venv/requirements: requirements.txt .venv/torch
