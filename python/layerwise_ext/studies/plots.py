@@ -1,0 +1,84 @@
+"""One style for all figures: colours that colour-blind people tell apart, legible on a phone, in light and dark."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from layerwise_ext import checkpoint
+from layerwise_ext.studies.study import Figure, Summary
+
+# Okabe & Ito 2008, but for black and yellow, which vanish on a dark or a white ground.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#888888")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINES = ("-", "--", "-.", ":")
+INK = "#1b1f24"  # of texts and axes; SVG files change it for a light one where the reader prefers dark
+DARK_INK = "#e6e6e6"
+
+
+def centres(summaries: Sequence[Summary], scale: float = 1.0) -> tuple[list[float], list[float]]:
+    """Means, and half of each spread (0 with one seed), for ``axis.errorbar``."""
+    means = [scale * s.mean for s in summaries]
+    return means, [0.0 if s.spread != s.spread else scale * s.spread / 2 for s in summaries]
+
+
+def line(axis: Any, x: Sequence[float], summaries: Sequence[Summary], label: str, number: int, *,
+         scale: float = 1.0, **options: Any) -> None:  # fmt: skip
+    """A line of means with half the spread as error bars; ``number`` picks colour and marker."""
+    means, halves = centres(summaries, scale)
+    style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "capsize": 3}
+    axis.errorbar(x, means, halves, label=label, **(style | options))
+
+
+def bars(
+    axis: Any, labels: Sequence[str], summaries: Sequence[Summary], *, scale: float = 1.0, digits: int = 1
+) -> None:
+    """A horizontal bar per label, the first one on top, with its value; error bars are half the spread."""
+    means, halves = centres(summaries, scale)
+    for row, (mean, half) in enumerate(zip(means, halves, strict=True)):
+        axis.barh(row, mean, 0.7, xerr=half or None, color=COLOURS[row % len(COLOURS)], capsize=3)
+        axis.annotate(f"{mean:.{digits}f}", (mean + half, row), (4, 0), textcoords="offset points", va="center")
+    axis.set_yticks(range(len(labels)), labels)
+    axis.invert_yaxis()
+    axis.margins(x=0.15)
+    axis.grid(visible=False, axis="y")
+
+
+def save(figure: Figure, folder: Path) -> None:
+    """Write NAME.png and NAME.svg, the latter with a transparent ground."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    style = {
+        "font.size": 11,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+        "grid.color": "#808080",
+        "lines.markersize": 5,
+        "legend.frameon": False,
+        "svg.fonttype": "none",
+        "svg.hashsalt": figure.name,  # the same file for the same numbers
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+    }
+    with plt.rc_context(style):
+        drawn = plt.figure(figsize=figure.size, layout="constrained")
+        try:
+            figure.draw(drawn)
+            with checkpoint.replacing(folder / f"{figure.name}.png") as temporary:
+                drawn.savefig(temporary, dpi=150, format="png")
+            with checkpoint.replacing(folder / f"{figure.name}.svg") as temporary:
+                drawn.savefig(temporary, format="svg", transparent=True, metadata={"Date": None, "Title": figure.title})
+                temporary.write_text(_with_dark_ink(temporary.read_text(encoding="utf-8")), encoding="utf-8")
+        finally:
+            plt.close(drawn)
+
+
+def _with_dark_ink(svg: str) -> str:
+    rules = "".join(f'[style*="{kind}: {INK}"]{{{kind}:{DARK_INK} !important}}' for kind in ("fill", "stroke"))
+    head, tag, rest = svg.partition("<defs>")
+    return f"{head}<style>@media (prefers-color-scheme: dark){{{rules}}}</style>{tag}{rest}"
