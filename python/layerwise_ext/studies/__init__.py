@@ -13,9 +13,23 @@ from layerwise_ext.studies.study import (
     Table,
     Task,
     compare,
+    compare_steps,
 )
 
 # The studies by name, in the order of the questions.
 NAMES: dict[str, type[Study]] = {}
 
-__all__ = ["NAMES", "Cell", "Figure", "Finding", "Results", "Run", "Study", "Summary", "Table", "Task", "compare"]
+__all__ = [
+    "NAMES",
+    "Cell",
+    "Figure",
+    "Finding",
+    "Results",
+    "Run",
+    "Study",
+    "Summary",
+    "Table",
+    "Task",
+    "compare",
+    "compare_steps",
+]

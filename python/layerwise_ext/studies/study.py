@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # Training images with --quick.
 QUICK_IMAGES = 256
+# Of layerwise_ext._memory: the kernel's counter is exact to some hundred KiB.
+PEAK_RESOLUTION_MIB = 0.5
 
 
 @dataclass(frozen=True)
@@ -116,10 +118,12 @@ class Cell:
     Attributes:
         name: unique in the study, of letters, digits, ``-``, ``_`` and ``.``, as it names files.
         options: JSON values that :meth:`Study.run` and the plots read, such as ``{"method": "joint", "depth": 8}``.
+        trained: False where only a step is measured (:meth:`Study.step`), of a method whose accuracy is another's.
     """
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -160,23 +164,23 @@ class Results:
     """Everything that was measured, for :meth:`Study.table`, :meth:`Study.figures` and :meth:`Study.findings`.
 
     Attributes:
-        cells: those of the study, in its order; all have the same seeds once a study is complete.
+        cells: those of the study, in its order; the trained ones have the same seeds once a study is complete.
         runs: finished ones, in the order in which they ran.
-        measured: by name of the cell, what was measured once: ``step_ms`` and ``peak_mib`` (:meth:`Study.step`); empty
-            where nothing was.
+        measured: by name of the cell, of a training step (:meth:`Study.step`): ``step_ms`` (median), ``rounds_ms`` (one
+            time for each round, in which all cells took their turn) and, where the system tells it, ``peak_mib``.
         test_images, num_classes: of the task: one image is the smallest difference that an accuracy can show.
     """
 
     cells: Sequence[Cell]
     runs: Sequence[Run]
-    measured: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    measured: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     test_images: int = 1
     num_classes: int = 10
 
     @property
     def seeds(self) -> list[int]:
-        """Those that every cell has."""
-        of_cells = [{run.seed for run in self.runs if run.cell == cell.name} for cell in self.cells]
+        """Those that every trained cell has."""
+        of_cells = [{run.seed for run in self.runs if run.cell == cell.name} for cell in self.cells if cell.trained]
         return sorted(set.intersection(*of_cells)) if of_cells else []
 
     def select(self, **options: Any) -> list[Cell]:
@@ -216,14 +220,14 @@ class Figure:
         title: shown above the figure in the report, not in the figure itself.
         alt: what it shows, for those who cannot see it; computed from the results where that is possible.
         draw: draws it into an empty matplotlib figure (constrained layout, style of :mod:`.plots`).
-        size: inches; 6.4 wide is the width of the text. Phones scale it to about half.
+        size: inches; with 5 of width the texts, of 11 points, are still legible on a phone.
     """
 
     name: str
     title: str
     alt: str
     draw: Callable[[MatplotlibFigure], None]
-    size: tuple[float, float] = (6.4, 3.8)
+    size: tuple[float, float] = (5.0, 3.6)
 
 
 @dataclass(frozen=True)
@@ -256,7 +260,7 @@ class Study(ABC):
         """One training: numbers, or lists of them, that JSON has (NaN and infinity are allowed).
 
         A loss that is not finite, or an accuracy no better than chance, is a result like any other. The same arguments
-        give the same numbers, but for times. torch's global generator was seeded from the cell and the seed.
+        give the same numbers, but for times. torch's global generator was seeded with ``seed`` and is put back afterwards.
         """
 
     @abstractmethod
@@ -336,3 +340,35 @@ def compare(
         f"No difference in {what} between {a_name} and {b_name} was found: {size} {sides} is not more than {why}.",
         False,
     )
+
+
+def compare_steps(results: Results, first: Cell | str, second: Cell | str, *, names: tuple[str, str]) -> list[Finding]:
+    """Time and peak memory of a step of two cells, as far as they were measured.
+
+    Found is a difference in time where the middle half of the rounds is on one side; in memory, one that is larger than
+    what the system's counter resolves.
+    """
+    a, b = (results.measured.get(cell if isinstance(cell, str) else cell.name, {}) for cell in (first, second))
+    a_name, b_name = names
+    findings = []
+    if a.get("rounds_ms") and b.get("rounds_ms"):
+        ratios = [x / y for x, y in zip(a["rounds_ms"], b["rounds_ms"], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, method="inclusive") if len(ratios) > 1 else ratios * 3
+        rounds = f"middle half of {len(ratios)} rounds: {low:.2f} to {high:.2f}"
+        sides = f"{a['step_ms']:.3g} against {b['step_ms']:.3g} ms"
+        if low <= 1 <= high:
+            text = (
+                f"No difference in time between a step of {a_name} and one of {b_name} was found ({sides}; {rounds})."
+            )
+        else:
+            text = f"A step of {a_name} takes {middle:.2f} times as long as one of {b_name} ({sides}; {rounds})."
+        findings.append(Finding(text, not low <= 1 <= high))
+    if "peak_mib" in a and "peak_mib" in b:
+        sides = f"{a['peak_mib']:.1f} against {b['peak_mib']:.1f} MiB"
+        is_clear = abs(a["peak_mib"] - b["peak_mib"]) > PEAK_RESOLUTION_MIB
+        ratio = a["peak_mib"] / max(b["peak_mib"], PEAK_RESOLUTION_MIB)
+        text = f"A step of {a_name} needs {ratio:.2f} times the memory of one of {b_name} ({sides})."
+        if not is_clear:
+            text = f"No difference in memory between a step of {a_name} and one of {b_name} could be told ({sides})."
+        findings.append(Finding(text, is_clear))
+    return findings
