@@ -29,10 +29,11 @@ class Toy(Study):
     default_epochs = 4
     max_epochs = 9
 
-    def __init__(self, costs: tuple[float, float] = (1.0, 2.0), fail_at: int | None = None) -> None:
-        self.costs = dict(zip("ab", costs, strict=True))
+    def __init__(self, fail_at: int | None = None, *, draws: bool = False) -> None:
+        self.costs = {"a": 1.0, "b": 2.0}
         self.now = 0.0
         self.fail_at = fail_at
+        self.draws = draws
         self.ran: list[tuple[str, int, int, int]] = []  # cell, seed, epochs, images
 
     def clock(self) -> float:
@@ -58,7 +59,8 @@ class Toy(Study):
         return Table(["cell", "accuracy | %"], rows, "A caption.")
 
     def figures(self, results: Results) -> list[Figure]:
-        return [Figure("line", 'The "title"', "A line.", lambda figure: figure.subplots().plot([1, 2]))]
+        line = Figure("line", 'The "title"', "A line.", lambda figure: figure.subplots().plot([1, 2]))
+        return [line] if self.draws else []
 
     def findings(self, results: Results) -> list[Finding]:
         return [studies.compare(results, "b", "a"), Finding("<script>alert(1)</script>", False)]
@@ -83,7 +85,7 @@ def ran(toy: Toy) -> list[tuple[str, int]]:
 
 
 def test_seed_after_seed_and_what_is_written(tmp_path: Path) -> None:
-    toy = Toy()
+    toy = Toy(draws=True)
     before = torch.get_rng_state()
     results, lines = run(toy, tmp_path, seeds=2, epochs=3)
     assert torch.equal(before, torch.get_rng_state())
@@ -409,7 +411,7 @@ def check_report(folder: Path) -> Page:
 
 
 def test_the_report_is_one_file_that_loads_nothing(tmp_path: Path) -> None:
-    run(Toy(), tmp_path, seeds=2, epochs=3)
+    run(Toy(draws=True), tmp_path, seeds=2, epochs=3)
     page = check_report(tmp_path)
     for expected in (
         "A <b>toy</b> & its title",
@@ -432,7 +434,7 @@ def test_the_report_is_one_file_that_loads_nothing(tmp_path: Path) -> None:
 
 
 def test_a_study_with_one_seed_says_so(tmp_path: Path) -> None:
-    run(Toy(), tmp_path, seeds=1, epochs=1)
+    run(Toy(draws=True), tmp_path, seeds=1, epochs=1)
     assert "Everything was trained with one seed: there is no spread" in check_report(tmp_path).text
 
 
@@ -492,8 +494,8 @@ def test_steps_take_turns() -> None:
 
 
 def test_a_failed_measurement_says_why() -> None:
-    with pytest.raises(RuntimeError, match=r"measuring the memory of x failed:\n[\s\S]*JSONDecodeError"):
-        measure.peak_in_fresh_process("layerwise_ext.studies.peak", "x")
+    with pytest.raises(RuntimeError, match=r"measuring the memory of no-such-file failed:\n[\s\S]*No such file"):
+        measure.peak_in_fresh_process("json.tool", "no-such-file")
 
 
 # -- The studies and the command ---------------------------------------------------------------------------------------
@@ -510,9 +512,6 @@ def test_each_study_runs(name: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     quick = replace(task(), quick=True)
     assert {r["cell"] for r in runs} == {c.name for c in studies.NAMES[name]().cells(quick) if c.trained}
     assert (tmp_path / "table.md").read_text().count("\n") > 3
-    before = {path: path.read_bytes() for path in (tmp_path / "runs").iterdir()}
-    assert cli.main(arguments) == 0  # nothing is left to do
-    assert {path: path.read_bytes() for path in (tmp_path / "runs").iterdir()} == before
 
 
 def test_runs_repeat() -> None:
@@ -520,7 +519,7 @@ def test_runs_repeat() -> None:
     for name in ("layerwise", "trainability"):
         study = studies.NAMES[name]()
         cell = study.cells(quick)[-1]
-        first, second = (study.run(quick, cell, 1, 1) for _ in range(2))
+        first, second = (runner._run(study, quick, cell, 1, 1) for _ in range(2))
         kept = [key for key in first if "seconds" not in key]
         assert [first[key] for key in kept] == [second[key] for key in kept]
 

@@ -363,7 +363,7 @@ def _draw_stages(figure: MatplotlibFigure, results: Results, cells: list[Cell]) 
             plots.line(axis, range(1, len(layers) + 1), layers, LABELS[cell.name], number, scale=100)
         elif cell.name == "joint":
             axis.axhline(100 * layers[0].mean, color=plots.COLOURS[number], linestyle="--", label=LABELS[cell.name])
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    plots.whole_numbers(axis)
     axis.set_xlabel("stage")
     axis.set_ylabel("test accuracy, %")
     plots.legend_above(figure)

@@ -49,6 +49,13 @@ def legend_above(figure: Any, columns: int = 2) -> None:
     figure.legend(entries.values(), entries.keys(), loc="outside upper left", ncols=columns)
 
 
+def whole_numbers(axis: Any) -> None:
+    """Ticks of the horizontal axis."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
 def bars(
     axis: Any, labels: Sequence[str], summaries: Sequence[Summary], *, scale: float = 1.0, digits: int = 1
 ) -> None:
@@ -88,7 +95,7 @@ def save(figure: Figure, folder: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    style = {
+    settings: Any = {
         "font.size": 11,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -101,7 +108,7 @@ def save(figure: Figure, folder: Path) -> None:
         "svg.hashsalt": figure.name,  # the same file for the same numbers
         **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
     }
-    with plt.rc_context(style):
+    with plt.rc_context(settings):
         drawn = plt.figure(figsize=figure.size, layout="constrained")
         try:
             figure.draw(drawn)
