@@ -240,6 +240,25 @@ def test_a_lost_worker_ends_the_run_and_leaves_the_last_epoch(index: int, kill: 
     assert trainer.evaluate(data)["samples"] == 40
 
 
+class Fatal(nn.Identity):
+    """Kills the worker that gets it, before that has met the others."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if multiprocessing.parent_process() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("index", [0, 2])
+def test_a_worker_that_is_killed_at_the_start(index: int) -> None:
+    model = network(hidden=2000)  # states that no pipe takes before somebody reads them
+    model[index].body = nn.Sequential(Fatal(), model[index].body)
+    trainer = trainer_for(DecoupledTrainer, model, partition=[2, 1])
+    with pytest.raises(RuntimeError, match=rf"worker {index // 2} .* was ended by SIGKILL"):
+        trainer.fit(loader(), 1)
+    assert multiprocessing.active_children() == []
+
+
 # -- More processes, and those of somebody else ------------------------------------------------------------------------
 
 
