@@ -17,7 +17,7 @@ import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ from layerwise_ext.train.local import LocalTrainer
 from layerwise_ext.train.metrics import Record, StepResult
 
 State = dict[str, Any]
+T = TypeVar("T")
 
 # Seconds in which the cause of a failure is looked for: processes that only lost a neighbour may say so first.
 _GRACE = 5.0
@@ -218,10 +219,18 @@ def _links(layout: Layout) -> list[tuple[int, int]]:
 class Members:
     """Processes that somebody else has started, such as torchrun; this one is one of them."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, backend: str) -> None:
         if not dist.is_initialized():
-            dist.init_process_group(job.backend)
+            dist.init_process_group(backend)
         self._objects = dist.new_group(backend="gloo")
+
+    def of_rank_0(self, value: T) -> T:
+        """What rank 0 gives."""
+        values = [value]
+        dist.broadcast_object_list(values, 0, self._objects)
+        return values[0]
+
+    def start(self, job: Job) -> None:
         self._rank, self._layout, self._loader = job.rank, job.layout, job.loader
         self._part = Part(job)
 
