@@ -190,6 +190,7 @@ def test_resuming_equals_one_run(cache: bool) -> None:
         parts.load_state_dict(torch.load(state, weights_only=True))
         parts.fit(loader(images()), 2)
         assert [r["train_loss"] for r in parts.history] == [r["train_loss"] for r in whole.history]
+        assert not any(layer.training for layer in [*layers, *expected])
         for a, b in zip(layers, expected, strict=True):
             assert all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 

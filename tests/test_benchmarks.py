@@ -32,6 +32,7 @@ import roofline  # noqa: E402
 import torch  # noqa: E402
 from chain_peers import CHECKPOINTS, LAYERS, SEGMENTS, Case  # noqa: E402
 from layerwise_ext import _memory  # noqa: E402
+from layerwise_ext.train import LocalTrainer  # noqa: E402
 from peers import COMPILE, CONTIGUOUS, CONVOLUTION, EAGER, OURS, Row  # noqa: E402
 
 TINY = "8,4,16,64,2"  # maps of 2 MiB, so that the memory can be judged as well
@@ -184,9 +185,13 @@ def test_decoupled_training(monkeypatch, tmp_path):
     output = tmp_path / "result.json"
     options = ["--quick", "--batch", "4", "--width", "0.0625", "--dtypes", "fp32", "--head", "pred"]
     assert bench_decoupled.main([*options, "--output", str(output)]) == 0
-    (entry,) = json.loads(output.read_text())["cases"]
-    assert len(entry["partition"]) == 2 and sum(entry["partition"]) == len(entry["stage_milliseconds"]) == 7
-    assert 1 < entry["speed_at_best"] <= 2
+    result = json.loads(output.read_text())
+    assert {"machine", "versions", "commit", "date", "settings"} <= result.keys()
+    (entry,) = result["cases"]
+    for partition in (entry["partition"], entry["partition_by_times"]):
+        assert len(partition) == 2 and sum(partition) == len(entry["stage_milliseconds"]) == 7
+    assert 1 < entry["speed_at_best"] <= entry["speed_at_best_by_times"] <= 2
+    assert entry["equal_steps"] == 1 * 2 * 2
     assert len(entry["speed"]) == 4 and entry["speed"][bench_decoupled.ONE]["median"] == 1.0
     assert entry["speed"].keys() == entry["steps_per_second"].keys()
 
@@ -195,8 +200,31 @@ def test_stages_are_cut_where_the_slowest_worker_has_least_to_do():
     assert bench_decoupled.best_partition([5, 1, 1, 1, 1], 2) == (1, 4)
     assert bench_decoupled.best_partition([1, 1, 1, 3], 2) == (3, 1)
     assert bench_decoupled.best_partition([2, 2, 1, 1, 2], 3) == (1, 2, 2)
+    assert bench_decoupled.speed_at_best([2, 2, 1, 1, 2], (1, 2, 2)) == 8 / 3
     assert bench_decoupled.parse([]).output.name == "bench_decoupled-cpu.json"
-    assert bench_decoupled.parse(["--workers", "3"]).output.name == "bench_decoupled-cpu-partial.json"
+    for option in (["--workers", "3"], ["--partition", "4", "3"]):
+        assert bench_decoupled.parse(option).output.name == "bench_decoupled-cpu-partial.json"
+    with pytest.raises(SystemExit):
+        bench_decoupled.parse(["--partition", "7"])
+
+
+def test_decoupled_training_must_equal_that_of_one_process():
+    def trained(name=None):
+        trainer = LocalTrainer(networks.Case(2, 0.0625).fused("pred"), progress=False, seed=0)
+        trainer.fit(bench_decoupled.Repeated(networks.Case(2, 0.0625), 1), 1)
+        if name == "losses":
+            trainer.history[0]["train_loss"][3] *= 1 + 1e-15
+        elif name == "stages":
+            trainer.stages[3].body.bn.running_var[1] *= 1.0001
+        elif name == "optimizers":
+            next(iter(trainer.optimizers[3].state.values()))["step"] += 1
+        return trainer
+
+    one = trained()
+    bench_decoupled.check_equal(one, trained(), "fp32")
+    for name in ("losses", "stages", "optimizers"):
+        with pytest.raises(bench_decoupled.DisagreementError, match=name):
+            bench_decoupled.check_equal(one, trained(name), "fp32")
 
 
 @pytest.mark.parametrize("text", ["", "1,2,3", "8,4,16,64,2,1,1,1", "8,4,16,64,0", "8,4,x,64,2", "8,4,16,4,5"])

@@ -67,6 +67,7 @@ def test_decoupled_training_equals_local_training(tmp_path: Path, capsys: pytest
     decoupled = ["--mode", "decoupled", "--workers", "2", "--threads", "1"]
     assert train(tmp_path / "decoupled", *decoupled, "--epochs", "2") == 0
     assert same(tmp_path / "local", tmp_path / "decoupled")
+    assert checkpoint.load(tmp_path / "decoupled" / "checkpoint.pt")["partition"] == [2, 1]  # the last stage is large
     command = [*TINY, "--output", str(tmp_path / "decoupled"), "--mode", "decoupled", "--resume"]
     assert "--workers is 3, but the run in" in refused(capsys, *command, "--workers", "3")
     assert "--workers is for --mode decoupled, not local" in refused(capsys, *TINY, "--workers", "2")

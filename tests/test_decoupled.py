@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import itertools
+import logging
 import multiprocessing
 import os
 import signal
@@ -14,12 +16,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from layerwise_ext.nn import LocalStage, PooledLinearHead, ReconstructionHead
+from layerwise_ext.nn import FunctionHead, LocalStage, ReconstructionHead
 from layerwise_ext.train import DecoupledTrainer, EarlyStopping, LocalTrainer, Record, ReplayBuffer, Trainer
 from layerwise_ext.train._links import _HEADER, End, Incoming, LinkError, Replayed, _Batch, _describe, _size, _views
+from layerwise_ext.train.decoupled import _balanced
 from test_train import TOLERANCE, Noisy, adam, arrays, loader, network, same, sgd, snapshot, trainer_for
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed with gloo"
@@ -240,6 +243,25 @@ def test_a_lost_worker_ends_the_run_and_leaves_the_last_epoch(index: int, kill: 
     assert trainer.evaluate(data)["samples"] == 40
 
 
+class Fatal(nn.Identity):
+    """Kills the worker that gets it, before that has met the others."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if multiprocessing.parent_process() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("index", [0, 2])
+def test_a_worker_that_is_killed_at_the_start(index: int) -> None:
+    model = network(hidden=2000)  # states that no pipe takes before somebody reads them
+    model[index].body = nn.Sequential(Fatal(), model[index].body)
+    trainer = trainer_for(DecoupledTrainer, model, partition=[2, 1])
+    with pytest.raises(RuntimeError, match=rf"worker {index // 2} .* was ended by SIGKILL"):
+        trainer.fit(loader(), 1)
+    assert multiprocessing.active_children() == []
+
+
 # -- More processes, and those of somebody else ------------------------------------------------------------------------
 
 
@@ -295,13 +317,68 @@ def test_in_processes_that_somebody_else_started_every_rank_has_the_result(tmp_p
 # -- What is refused ---------------------------------------------------------------------------------------------------
 
 
-def test_partitions() -> None:
-    stages = [LocalStage(nn.Conv2d(1, 1, 1), PooledLinearHead(1, 4)) for _ in range(7)]
-    for workers, partition in [(1, (7,)), (2, (3, 4)), (3, (2, 2, 3)), (7, (1,) * 7)]:
-        assert DecoupledTrainer(stages, sgd, workers=workers).layout.partition == partition
-    layout = DecoupledTrainer(stages, sgd, partition=[5, 2], replicas=2).layout
+def stages(*widths: int) -> list[LocalStage]:
+    """Of convolutions 1x1 on a map that nobody makes smaller: what a stage computes is the product of its widths."""
+    return [
+        LocalStage(nn.Conv2d(a, b, 1), FunctionHead(lambda moments, target: moments.m1.sum()))
+        for a, b in itertools.pairwise(widths)
+    ]
+
+
+@pytest.mark.parametrize(("widths", "partition"), [
+    ([2, 2, 2, 2, 2], (2, 2)),
+    ([2, 9, 2, 2, 2], (1, 3)),
+    ([2, 2, 9, 9, 2], (2, 2)),
+    ([2, 2, 2, 9, 9], (3, 1)),
+    ([2, 9, 2, 9, 2, 9, 2], (2, 2, 2)),
+    ([9, 9, 9, 2, 2, 9, 7], (1, 2, 3)),
+])  # fmt: skip
+def test_stages_are_cut_where_the_slowest_worker_has_least_to_compute(
+    widths: list[int], partition: tuple[int, ...]
+) -> None:
+    assert _balanced(stages(*widths), (widths[0], 5, 5), len(partition)) == partition
+
+
+def test_stages_whose_operations_cannot_be_counted_are_cut_by_number(caplog: pytest.LogCaptureFixture) -> None:
+    class Moody(nn.Identity):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if float(x.sum()) > 0 else -x
+
+    some = stages(2, 9, 2, 2, 2, 2)
+    some[1].body = nn.Sequential(Moody(), some[1].body)
+    with caplog.at_level(logging.WARNING):
+        assert _balanced(some, (2, 5, 5), 2) == (2, 3)
+        assert _balanced(some, (2, 5, 5), 3) == (1, 2, 2)
+    assert all("the operations of the stages cannot be counted" in record.getMessage() for record in caplog.records)
+
+
+def test_the_cut_is_made_once_and_is_part_of_the_state() -> None:
+    data = [(torch.randn(2, 2, 5, 5), torch.zeros(2, dtype=torch.int64))]
+    trainer = DecoupledTrainer(stages(2, 9, 2, 2, 2), sgd, workers=2)
+    assert trainer.state_dict()["partition"] is None
+    trainer._cut(data)
+    assert trainer.layout.partition == (1, 3) and trainer.state_dict()["partition"] == [1, 3]
+    other = DecoupledTrainer(stages(2, 9, 2, 2, 2), sgd, workers=2)
+    other.load_state_dict({**trainer.state_dict(), "partition": [3, 1]})  # as of before there were such cuts
+    other._cut(data)
+    assert other.layout.partition == (3, 1)
+    with pytest.raises(ValueError, match="the state has 2 workers; this trainer has 3"):
+        DecoupledTrainer(stages(2, 9, 2, 2, 2), sgd, workers=3).load_state_dict(trainer.state_dict())
+    layout = DecoupledTrainer(stages(*[1] * 8), sgd, partition=[5, 2], replicas=2).layout
     assert layout.processes == 4
     assert [layout.stages(rank) for rank in range(4)] == [slice(0, 5)] * 2 + [slice(5, 7)] * 2
+
+
+def test_looking_at_the_first_batch_draws_nothing() -> None:
+    data = DataLoader(TensorDataset(*arrays()), 16, shuffle=True)  # from torch's global generator
+    orders = []
+    for looks in (False, True):
+        torch.manual_seed(0)
+        trainer = trainer_for(DecoupledTrainer, network(), workers=2)
+        if looks:
+            trainer._cut(data)
+        orders.append(torch.cat([target for _, target in data]))
+    assert torch.equal(*orders)
 
 
 def test_bad_arguments() -> None:
@@ -310,7 +387,7 @@ def test_bad_arguments() -> None:
     lambdas = network()
     lambdas[0].register_forward_hook(lambda *_: None)
     batches = (batch for batch in loader())
-    stop = trainer_for(DecoupledTrainer, network(), workers=2).state_dict()
+    stop = trainer_for(DecoupledTrainer, network(), partition=[1, 2]).state_dict()
     for error, message, make in [
         (ValueError, "workers is None and partition is None; one of them", lambda: DecoupledTrainer(network())),
         (ValueError, "one only", lambda: DecoupledTrainer(network(), workers=2, partition=[1, 2])),
@@ -336,7 +413,12 @@ def test_bad_arguments() -> None:
         (
             ValueError,
             r"stages\[2\]\.body\.extra\.weight is a parameter of another",
-            lambda: DecoupledTrainer(shared, workers=2),
+            lambda: DecoupledTrainer(shared, partition=[1, 2]),
+        ),
+        (
+            ValueError,
+            r"stages\[2\]\.body\.extra\.weight is a parameter of another",
+            lambda: trainer_for(DecoupledTrainer, shared, workers=3).fit(loader(), 1),
         ),
         (ValueError, "epochs is 0", lambda: trainer_for(DecoupledTrainer, network(), workers=2).fit(loader(), 0)),
         (

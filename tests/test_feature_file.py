@@ -35,9 +35,6 @@ def test_a_file_gives_the_batches_of_memory(tmp_path: Path, layout: torch.memory
             assert torch.equal(x, expected) and torch.equal(target, expected_target)
             assert x.is_contiguous(memory_format=layout) and x.dtype == dtype
     assert [p.name for p in tmp_path.iterdir()] == ["features"]
-    assert written is not None
-    written.remove()
-    assert not path.exists()
 
 
 def flip(path: Path, position: int) -> None:
@@ -134,6 +131,28 @@ def interrupted(tmp_path: Path, **options: Any) -> tuple[dict[str, Any], list[fl
         first.fit(data, 2, on_epoch_end=stop)
     assert (tmp_path / "stage1.features").exists()
     return first.state_dict(), expected
+
+
+def test_a_resumed_run_removes_the_file_of_a_stage_that_was_done(tmp_path: Path) -> None:
+    """Of a process that was killed between the last checkpoint of the stage and the removal."""
+
+    class Killed(Exception):
+        pass
+
+    def kill(trainer: Trainer, record: dict[str, Any]) -> None:
+        if trainer.epoch == 4:
+            raise Killed
+
+    first, data = resumable(GreedyTrainer, True, cache_dir=tmp_path)
+    with pytest.raises(Killed):
+        first.fit(data, 2, on_epoch_end=kill)
+    assert [path.name for path in tmp_path.iterdir()] == ["stage1.features"]
+    second, data = resumable(GreedyTrainer, True, cache_dir=tmp_path)
+    second.load_state_dict(first.state_dict())
+    files = []
+    second.fit(data, 2, on_epoch_end=lambda *_: files.append([path.name for path in tmp_path.iterdir()]))
+    assert files == [["stage2.features"]] * 2
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("damage", [None, "foreign", "checksum"])

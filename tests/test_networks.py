@@ -179,6 +179,17 @@ def test_costs_of_a_network() -> None:
     assert (first.input, first.output, second.input, second.output) == ((2, 8, 8), (8, 4, 4), (8, 4, 4), (16, 4, 4))
     assert (first.elements, second.elements) == (512, 256)
     assert (first.head_parameters, first.head_multiply_adds) == (3 * 8 * 4 + 3, 3 * 8 * 4)
+    # Forward pass and gradient of the weights; of the head, and of every layer but a stage's first, of the input, too.
+    assert costs.local_multiply_adds() == [
+        2 * layer.multiply_adds + 3 * stage.head_multiply_adds
+        for layer, stage in zip(costs.layers, costs.stages, strict=True)
+    ]
+    assert summary(list(model), (2, 8, 8)) == costs
+    both = nn.Sequential(model[0].body, nn.MaxPool2d(2), model[1].body)
+    (together,) = summary([LocalStage(both, model[1].head)], (2, 8, 8)).local_multiply_adds()
+    assert together == 2 * costs.layers[0].multiply_adds + 3 * (
+        costs.layers[1].multiply_adds + second.head_multiply_adds
+    )
     assert model[0].training and all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
     text = str(costs)
     assert "stages.1.body" in text and "16x4x4" in text and text.splitlines()[-1].startswith("all")

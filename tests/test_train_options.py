@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from layerwise_ext import checkpoint
 from layerwise_ext.nn import FunctionHead, LocalStage, PooledLinearHead
 from layerwise_ext.train import GreedyTrainer, JointTrainer, LocalTrainer, Trainer
 from layerwise_ext.train.metrics import collapses
@@ -236,7 +237,8 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
 # -- The documentation -------------------------------------------------------------------------------------------------
 
 
-def test_the_examples_run() -> None:
+def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     page = Path(__file__).resolve().parent.parent / "docs" / "training.md"
     if not page.is_file():
         pytest.skip("docs/ is not beside tests/")
@@ -244,3 +246,6 @@ def test_the_examples_run() -> None:
     for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
         exec(block, names)
     assert names["trainer"].epoch == 2
+    resumed = LocalTrainer(names["model"])
+    resumed.load_state_dict(checkpoint.load(tmp_path / "checkpoint.pt"))
+    assert resumed.epoch == 2

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import glob
 import os
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 
-@contextmanager
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """A temporary path beside ``path`` that takes its place when the block ends without an error.
+
+    The temporary file exists already, empty, and is locked as long as the block runs: one that is not locked was left
+    by a process that was killed, and is removed.
+    """
+    for other in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        _remove_if_abandoned(other)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with temporary.open("wb") as lock:
+            _lock(lock)
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -29,13 +41,38 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """State of tensors, numbers, strings, lists and dictionaries."""
-    with replacing(path) as temporary:
+def save(path: str | Path, state: dict[str, Any]) -> None:
+    """State of tensors, numbers, strings, lists and dictionaries, such as ``trainer.state_dict()``."""
+    with replacing(Path(path)) as temporary:
         torch.save(state, temporary)
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: str | Path) -> dict[str, Any]:
     """What :func:`save` wrote; executes nothing from the file."""
     state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     return state
+
+
+def _remove_if_abandoned(path: Path) -> None:
+    with contextlib.suppress(OSError), path.open("rb+") as file:  # gone meanwhile, or somebody else's
+        if _lock(file):
+            path.unlink()
+
+
+def _lock(file: IO[bytes]) -> bool:
+    """Whether this process has got the file for itself, until it closes it or ends."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # another one has it, or the file system has no locks
+        return False
+    return True
+
+
+def _sync_folder(path: Path) -> None:
+    """The new name is on the disk, too."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some file systems cannot
+            os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -318,19 +318,19 @@ def _starts(stages: int | str | Sequence[int], unit_costs: Sequence[int]) -> lis
     if isinstance(stages, int):
         if not 1 <= stages <= count:
             raise ValueError(f"stages is {stages}; allowed: 1 to {count}, the number of units")
-        return _balanced(unit_costs, stages)
+        return balanced(unit_costs, stages)
     starts = [0, *stages]
     if any(a >= b for a, b in itertools.pairwise([*starts, count])):
         raise ValueError(f"stages is {list(stages)}; allowed: ascending units from 1 to {count - 1}")
     return starts
 
 
-def _balanced(unit_costs: Sequence[int], stages: int) -> list[int]:
-    """The cut into so many stages whose most expensive one is cheapest."""
+def balanced(unit_costs: Sequence[float], stages: int) -> list[int]:
+    """The first unit of each stage in the cut into so many stages whose most expensive one is cheapest."""
     count = len(unit_costs)
     until = [0, *itertools.accumulate(unit_costs)]
     # best[end] = (cost of the most expensive stage, starts) of units [0, end) in as many stages as there were rounds
-    best: list[tuple[int, list[int]]] = [(until[end], [0]) for end in range(count + 1)]
+    best: list[tuple[float, list[int]]] = [(until[end], [0]) for end in range(count + 1)]
     for used in range(1, stages):
         best = [
             min(

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from layerwise_ext.models.build import evaluating
 from layerwise_ext.models.staged import StagedModel
-from layerwise_ext.nn import ConvBNReLU2d, PooledMoments
+from layerwise_ext.nn import ConvBNReLU2d, LocalStage, PooledMoments
 
 _COUNTED = (ConvBNReLU2d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
@@ -65,6 +65,11 @@ class Summary:
         """
         return [stage.elements * batch_size * dtype.itemsize for stage in self.stages]
 
+    def local_multiply_adds(self) -> list[int]:
+        """Of each stage: what a training step on its own loss takes for one sample, head and backward pass included."""
+        first = {layer.stage: layer.multiply_adds for layer in reversed(self.layers)}
+        return [3 * (s.multiply_adds + s.head_multiply_adds) - first.get(s.stage, 0) for s in self.stages]
+
     def __str__(self) -> str:
         rows = [["layer", "kind", "output", "parameters", "MMAC"]]
         for stage in self.stages:
@@ -86,7 +91,7 @@ class Summary:
         return "\n".join([*lines, "", *_table(rows, left=3)])
 
 
-def summary(model: StagedModel, input_size: tuple[int, int, int]) -> Summary:
+def summary(model: StagedModel | Sequence[LocalStage], input_size: tuple[int, int, int]) -> Summary:
     """Resolution, parameters, memory and operations of a network for inputs ``[N, *input_size]``.
 
     Nothing is computed: the model runs on tensors without data. Operations are counted by
@@ -95,7 +100,7 @@ def summary(model: StagedModel, input_size: tuple[int, int, int]) -> Summary:
     that of the input, which the first layer of a local stage does without.
 
     Args:
-        model: the network.
+        model: the network, or its stages.
         input_size: ``(C, H, W)`` of an image.
 
     Raises:
@@ -105,8 +110,9 @@ def summary(model: StagedModel, input_size: tuple[int, int, int]) -> Summary:
         raise ValueError(f"input_size is {tuple(input_size)}; allowed: three positive numbers (C, H, W)")
     layers: list[LayerCost] = []
     stages: list[StageCost] = []
-    parameter = next(model.parameters())
-    with evaluating(model), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+    every = nn.ModuleList(model)
+    parameter = next(every.parameters())
+    with evaluating(every), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         image = torch.empty(1, *input_size, device=parameter.device, dtype=parameter.dtype)
         target = torch.zeros(1, dtype=torch.int64, device=parameter.device)
         x = image

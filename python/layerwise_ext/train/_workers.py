@@ -9,15 +9,15 @@ import multiprocessing.connection
 import os
 import pickle
 import signal
+import socket
 import sys
-import tempfile
 import threading
 import time
 import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,10 +31,12 @@ from layerwise_ext.train.local import LocalTrainer
 from layerwise_ext.train.metrics import Record, StepResult
 
 State = dict[str, Any]
+T = TypeVar("T")
 
 # Seconds in which the cause of a failure is looked for: processes that only lost a neighbour may say so first.
 _GRACE = 5.0
 _LONGEST = 20_000  # characters of a report, which fits into a pipe that nobody reads yet
+_HOST = "127.0.0.1"  # where the processes of our own find each other
 
 
 @dataclass(frozen=True)
@@ -217,10 +219,18 @@ def _links(layout: Layout) -> list[tuple[int, int]]:
 class Members:
     """Processes that somebody else has started, such as torchrun; this one is one of them."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, backend: str) -> None:
         if not dist.is_initialized():
-            dist.init_process_group(job.backend)
+            dist.init_process_group(backend)
         self._objects = dist.new_group(backend="gloo")
+
+    def of_rank_0(self, value: T) -> T:
+        """What rank 0 gives."""
+        values = [value]
+        dist.broadcast_object_list(values, 0, self._objects)
+        return values[0]
+
+    def start(self, job: Job) -> None:
         self._rank, self._layout, self._loader = job.rank, job.layout, job.loader
         self._part = Part(job)
 
@@ -254,7 +264,10 @@ class Processes:
                 "classes and functions at the top of a module, or start the processes with torchrun"
             ) from error
         self._layout = jobs[0].layout
-        self._folder = tempfile.TemporaryDirectory(prefix="layerwise_ext-")
+        # In memory: a file would outlive a process that is killed.
+        listener = socket.create_server((_HOST, 0))
+        port: int = listener.getsockname()[1]
+        self._store = dist.TCPStore(_HOST, port, is_master=True, master_listen_fd=listener.detach())
         self._reports: dict[int, State] = {}
         self._processes: list[Any] = []
         self._connections: list[Any] = []
@@ -262,12 +275,15 @@ class Processes:
         try:
             for _ in jobs:
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_main, args=(theirs, f"file://{self._folder.name}/store"))
+                process = context.Process(target=_main, args=(theirs, port))
                 process.start()
                 theirs.close()  # reading ours then ends with the process
                 self._processes.append(process)
                 self._connections.append(ours)
             self._send(encoded)
+            # Until all have found each other, one that waits for another reads nothing: sending it its state would
+            # take as long, for ever where the other one was killed.
+            self._reports_of_all()
         except BaseException:
             self.end(at_once=True)
             raise
@@ -279,9 +295,12 @@ class Processes:
             RuntimeError: a process was killed or failed; all others are ended.
         """
         self._send([_encode(state) for state in states])
+        return self._reports_of_all()
+
+    def _reports_of_all(self) -> list[State]:
         results: dict[int, State] = {}
         sentinels = [process.sentinel for process in self._processes]
-        while len(results) < len(states):
+        while len(results) < len(self._processes):
             waiting = {c: rank for rank, c in enumerate(self._connections) if rank not in results}
             for ready in multiprocessing.connection.wait([*waiting, *sentinels]):
                 report = self._report(waiting[ready]) if ready in waiting else None
@@ -289,7 +308,7 @@ class Processes:
                     raise self._failure()
                 results[waiting[ready]] = report
                 del self._reports[waiting[ready]]
-        return [results[rank] for rank in range(len(states))]
+        return [results[rank] for rank in range(len(self._processes))]
 
     def end(self, at_once: bool) -> None:
         """Ends the processes, with ``at_once`` in the middle of what they do."""
@@ -303,7 +322,6 @@ class Processes:
             process.join()
         for connection in self._connections:
             connection.close()
-        self._folder.cleanup()
 
     def _send(self, messages: Sequence[bytes]) -> None:
         for connection, message in zip(self._connections, messages, strict=True):
@@ -355,8 +373,8 @@ def _signal(number: int) -> str:
         return f"signal {number}"
 
 
-def _main(connection: Any, store: str) -> None:
-    """A process of :class:`Processes`: gets its job, then a state for each epoch, then None."""
+def _main(connection: Any, port: int) -> None:
+    """A process of :class:`Processes`: gets its job, says when it is ready, gets a state for each epoch, then None."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C goes to all of them; the parent ends these
     threading.Thread(target=_end_with_parent, daemon=True).start()
     tqdm.set_lock(threading.RLock())  # its own is a semaphore that outlives a process that is killed
@@ -366,8 +384,10 @@ def _main(connection: Any, store: str) -> None:
             torch.set_num_threads(job.threads)
         if job.device.type == "cuda":
             torch.cuda.set_device(job.device)
-        dist.init_process_group(job.backend, init_method=store, rank=job.rank, world_size=job.layout.processes)
+        store = dist.TCPStore(_HOST, port, is_master=False)
+        dist.init_process_group(job.backend, store=store, rank=job.rank, world_size=job.layout.processes)
         part = Part(job)
+        connection.send_bytes(_encode({}))
         while (state := _decode(connection.recv_bytes())) is not None:
             connection.send_bytes(_encode(part.run(job.loader, state)))
         dist.destroy_process_group()

@@ -197,7 +197,8 @@ class AutoencoderPretrainer:
     def _next_layer(self) -> None:
         # A finished layer is never trained again: what its optimiser remembers would only take memory.
         self.optimizers[self.layer].state.clear()
-        self._encoders[self.layer].eval()
+        for encoder in self._encoders[: self.layer + 1]:  # also those that were finished before load_state_dict
+            encoder.eval()
         self.layer += 1
         self.layer_epoch = 0
         self._codes = None

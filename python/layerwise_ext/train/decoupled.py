@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -10,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from layerwise_ext.models.split import balanced
+from layerwise_ext.models.summary import summary
 from layerwise_ext.nn import LocalStage
 from layerwise_ext.train import random_state
 from layerwise_ext.train._workers import Job, Layout, Members, Part, Processes, State
@@ -19,6 +23,8 @@ from layerwise_ext.train.evaluation import Batches
 from layerwise_ext.train.local import LocalTrainer
 from layerwise_ext.train.metrics import Record
 from layerwise_ext.train.optimizers import OptimizerFactory, adam
+
+logger = logging.getLogger(__name__)
 
 
 class DecoupledTrainer(LocalTrainer):
@@ -37,7 +43,9 @@ class DecoupledTrainer(LocalTrainer):
 
     Args:
         stages, optimizer: see :class:`Trainer`.
-        workers: the number of groups, as even as possible, the later ones with one stage more.
+        workers: the number of groups. The first :meth:`fit` cuts the stages where the slowest worker has least to
+            compute, by the multiply-adds of a step on images of the size of the loader's first batch, which it looks
+            at before the training; where these cannot be counted, into numbers that are as even as possible.
         partition: instead of ``workers`` the number of stages of each group.
         replicas: processes per group that share each batch, with the gradients of all its samples. For batch norm
             over all of them convert it by ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``; else each replica
@@ -52,7 +60,11 @@ class DecoupledTrainer(LocalTrainer):
 
     Raises:
         TypeError, ValueError: arguments that are not allowed; ``cuda_graph``, float16, ``accumulate`` with replicas;
-            blocks of a :class:`LocalTrainer`; parameters that stages of two workers share.
+            blocks of a :class:`LocalTrainer`; (with ``workers``, in :meth:`fit`) parameters that stages of two workers
+            share.
+
+    Attributes:
+        layout: which stages are where; with ``workers`` of no meaning before the first :meth:`fit`.
     """
 
     def __init__(
@@ -88,7 +100,9 @@ class DecoupledTrainer(LocalTrainer):
         super().__init__(stages, optimizer, **options)
         self.ema_decay = options.get("ema_decay")
         self.layout = Layout(_partition(len(self.stages), workers, partition), replicas)
-        self._check_shared_parameters()
+        self._is_cut = partition is not None
+        if self._is_cut:
+            self._check_shared_parameters()
         self._rank = _given_rank(self.layout)
         self.asynchronous = asynchronous
         self.buffer = buffer
@@ -137,14 +151,10 @@ class DecoupledTrainer(LocalTrainer):
     def _train_epoch(self, loader: Batches) -> Record:
         start = time.perf_counter()
         self._set_training()
-        ranks = range(self.layout.processes)
         if self._processes is None:
-            if self._rank is None:
-                self._processes = Processes([self._job(rank, loader) for rank in ranks])
-            else:
-                self._processes = Members(self._job(self._rank, loader))
+            self._processes = self._start(loader)
         now = random_state.capture(loader, self.device)
-        states = self._processes.epoch([self._state_of(rank, now) for rank in ranks])
+        states = self._processes.epoch([self._state_of(rank, now) for rank in range(self.layout.processes)])
         self._take(states, loader)
         records = [state["history"][-1] for state in states]
         self._classes = [classes for record in records[:: self.layout.replicas] for classes in record["classes"]]
@@ -156,18 +166,51 @@ class DecoupledTrainer(LocalTrainer):
             "seconds": time.perf_counter() - start,
         }
 
+    def _start(self, loader: Batches) -> Processes | Members:
+        if self._rank is None:
+            self._cut(loader)
+            return Processes([self._job(rank, loader) for rank in range(self.layout.processes)])
+        members = Members(self._backend())
+        self._cut(loader, members)
+        members.start(self._job(self._rank, loader))
+        return members
+
+    def _cut(self, loader: Batches, members: Members | None = None) -> None:
+        """Decide which stages are where; of ``members`` rank 0 does."""
+        if self._is_cut:
+            return
+        partition = self.layout.partition
+        if not self._rank:
+            before = random_state.capture(loader, self.device)
+            batch = next(self._on_device(loader), None)
+            random_state.restore(before, loader, self.device)
+            if batch is not None:
+                partition = _balanced(self.stages, batch[0].shape[1:], len(partition))
+        if members is not None:
+            partition = members.of_rank_0(partition)
+        self.layout = Layout(partition, self.layout.replicas)
+        self._is_cut = True
+        self._check_shared_parameters()
+
+    @property
+    def _spreads(self) -> bool:
+        """Over GPUs."""
+        return self.device.type == "cuda" and self.device.index is None
+
+    def _backend(self) -> str:
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self.layout.processes))
+        has_gpus = self._spreads and torch.cuda.device_count() >= local_ranks
+        return "cpu:gloo,cuda:nccl" if has_gpus and dist.is_nccl_available() else "gloo"
+
     def _job(self, rank: int, loader: Batches) -> Job:
         layout = self.layout
         stages = layout.stages(rank)
         is_first, is_last = layout.worker(rank) == 0, rank == layout.processes - layout.replicas
         looks = [stage.head.needs_image for stage in self.stages]
         device = self.device
-        spread = device.type == "cuda" and device.index is None
-        gpus = torch.cuda.device_count() if spread else 0
-        local_rank = int(os.environ.get("LOCAL_RANK", rank)) if self._rank is not None else rank
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", layout.processes))
-        if spread:
-            device = torch.device("cuda", local_rank % gpus)
+        if self._spreads:
+            local_rank = int(os.environ.get("LOCAL_RANK", rank)) if self._rank is not None else rank
+            device = torch.device("cuda", local_rank % torch.cuda.device_count())
         threads = self.threads
         if threads is None and self._rank is None:
             threads = max(1, torch.get_num_threads() // layout.processes)
@@ -182,7 +225,7 @@ class DecoupledTrainer(LocalTrainer):
             buffer=self.buffer if self.asynchronous else None,
             in_flight=self.in_flight,
             device=device,
-            backend="cpu:gloo,cuda:nccl" if spread and gpus >= local_ranks and dist.is_nccl_available() else "gloo",
+            backend=self._backend(),
             seed=self.generator.initial_seed(),
             threads=threads,
             options={
@@ -245,16 +288,23 @@ class DecoupledTrainer(LocalTrainer):
     def state_dict(self) -> dict[str, Any]:
         return {
             **super().state_dict(),
-            "partition": list(self.layout.partition),
+            "partition": list(self.layout.partition) if self._is_cut else None,
             "replicas": self.layout.replicas,
             "random_states": self._random_states,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, expected in (("partition", list(self.layout.partition)), ("replicas", self.layout.replicas)):
-            if state.get(name, expected) != expected:
-                raise ValueError(f"the state has {name} {state[name]}; this trainer has {expected}")
+        layout, partition = self.layout, state.get("partition")
+        if state.get("replicas", layout.replicas) != layout.replicas:
+            raise ValueError(f"the state has replicas {state['replicas']}; this trainer has {layout.replicas}")
+        if partition is not None and self._is_cut and partition != list(layout.partition):
+            raise ValueError(f"the state has partition {partition}; this trainer has {list(layout.partition)}")
+        if partition is not None and len(partition) != len(layout.partition):
+            raise ValueError(f"the state has {len(partition)} workers; this trainer has {len(layout.partition)}")
         super().load_state_dict(state)
+        if partition is not None:
+            self.layout = Layout(tuple(partition), layout.replicas)
+            self._is_cut = True
         self._random_states = state["random_states"]
 
     def _check_shared_parameters(self) -> None:
@@ -280,6 +330,17 @@ def _partition(stages: int, workers: int | None, partition: Sequence[int] | None
     if any(count < 1 for count in partition) or sum(partition) != stages:
         raise ValueError(f"partition is {list(partition)}; allowed: numbers from 1 whose sum is {stages}, the stages")
     return tuple(partition)
+
+
+def _balanced(stages: Sequence[LocalStage], image: Sequence[int], workers: int) -> tuple[int, ...]:
+    """Numbers of stages with which the slowest worker computes least, for images of shape ``image (C, H, W)``."""
+    try:
+        channels, height, width = image
+        costs = summary(stages, (channels, height, width)).local_multiply_adds()
+    except Exception as error:  # whatever somebody's module says to tensors without data
+        logger.warning("the operations of the stages cannot be counted, so workers get as many stages each: %s", error)
+        return _partition(len(stages), workers, None)
+    return tuple(b - a for a, b in itertools.pairwise([*balanced(costs, workers), len(stages)]))
 
 
 def _given_rank(layout: Layout) -> int | None:

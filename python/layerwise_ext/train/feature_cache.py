@@ -39,7 +39,6 @@ class FeatureCache:
         self._target = targets
         self._device = device
         self._filled = filled
-        self._path: Path | None = None
 
     @classmethod
     def fill(
@@ -91,7 +90,6 @@ class FeatureCache:
         except FeatureFileError as error:
             logger.warning("%s: the frozen stages run in each step instead of once", error)
             return None
-        cache._path = path
         return cache
 
     @classmethod
@@ -104,9 +102,7 @@ class FeatureCache:
         file = FeatureFile.open(path, key=key)
         header = file.header
         batch_size, channels_last, samples = header["batch_size"], header["channels_last"], header["samples"]
-        cache = cls(file.rows, file.targets, batch_size, channels_last, device, samples)
-        cache._path = path
-        return cache
+        return cls(file.rows, file.targets, batch_size, channels_last, device, samples)
 
     @classmethod
     def _in_memory(cls, example: Tensor, count: int) -> FeatureCache:
@@ -121,11 +117,6 @@ class FeatureCache:
         file = FeatureFile.create(path, example.shape[0] * count, tuple(row.shape), row.dtype)
         cache = cls(file.rows, file.targets, example.shape[0], _is_channels_last(example), example.device)
         return cache, file
-
-    def remove(self) -> None:
-        """Delete the file, if there is one; the cache can be used no more."""
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
 
     def __len__(self) -> int:
         """Number of batches."""

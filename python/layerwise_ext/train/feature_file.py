@@ -30,14 +30,14 @@ class FeatureFile:
         header: what :meth:`finish` was given, with dtype, sizes and checksums (CRC-32).
     """
 
-    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+    def __init__(self, path: Path, header: dict[str, Any], *, reserve: bool = False) -> None:
         self.path = path
         self.header = header
         row_bytes = math.prod(header["row"]) * _dtype(header).itemsize
         rows_end = _HEADER_BYTES + header["capacity"] * row_bytes
         start = -(-rows_end // 8) * 8  # of int64
         self.size = start + header["capacity"] * 8
-        if not path.exists():
+        if reserve:
             _reserve(path, self.size)
         elif path.stat().st_size != self.size:
             raise FeatureFileError(f"{path} has {path.stat().st_size} bytes instead of {self.size}")
@@ -48,12 +48,13 @@ class FeatureFile:
 
     @classmethod
     def create(cls, path: Path, capacity: int, row: tuple[int, ...], dtype: torch.dtype) -> FeatureFile:
-        """
+        """In place of what is there.
+
         Raises:
             FeatureFileError: no room, or no access.
         """
         name = str(dtype).removeprefix("torch.")
-        return cls(path, {"dtype": name, "row": list(row), "capacity": capacity})
+        return cls(path, {"dtype": name, "row": list(row), "capacity": capacity}, reserve=True)
 
     def finish(self, samples: int, **facts: Any) -> None:
         """Make it readable: the first ``samples`` rows are there."""

@@ -123,8 +123,8 @@ class GreedyTrainer(Trainer):
         # A finished stage is never trained again: what its optimiser remembers would only take memory.
         self.optimizers[self.stage].state.clear()
         self._adopt_averages([self.stage])
-        if self._features is not None:
-            self._features.remove()
+        if (path := self._cache_path()) is not None:
+            path.unlink(missing_ok=True)  # of this run, or of one that was killed before it could
         self.stage += 1
         self.stage_epoch = 0
         self._features = None
@@ -152,10 +152,9 @@ class GreedyTrainer(Trainer):
         """Compute the current stage's inputs, where they fit; a resumed run sees the same order and augmentation."""
         now = random_state.capture(loader, self.device)
         replay = self._cache_random_state
-        path, key = None, ""
-        if self.cache_dir is not None:
-            self.cache_dir.mkdir(parents=True, exist_ok=True)
-            path = self.cache_dir / f"stage{self.stage}.features"
+        path, key = self._cache_path(), ""
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
             key = self._cache_key(now if replay is None else replay, loader)
         if replay is not None:
             self._features = None if path is None else self._features_of_before(path, key)
@@ -170,6 +169,10 @@ class GreedyTrainer(Trainer):
             random_state.restore(now, loader, self.device)
         if self._fits and replay is None:
             self._cache_random_state = now
+
+    def _cache_path(self) -> Path | None:
+        """Of the current stage's inputs."""
+        return None if self.cache_dir is None else self.cache_dir / f"stage{self.stage}.features"
 
     def _features_of_before(self, path: Path, key: str) -> FeatureCache | None:
         try:
