@@ -110,13 +110,13 @@ def test_heads(tmp_path: Path, head: str, capsys: pytest.CaptureFixture[str]) ->
     assert train(tmp_path / "run", *options) == 0
     assert "test accuracy 0." in capsys.readouterr().out
     rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
-    classifies = "predsim" in head or head in ("conv", "mlp_sr", "auglocal")
+    classifies = "predsim" in head or head in ("conv", "mlp_sr", "auglocal", "goodness", "infopro")
     assert all((row["test_accuracy"] == "nan") != classifies for row in rows if row["stage"] == "0")
     assert all(0 <= float(row["test_accuracy"]) <= 1 for row in rows if row["stage"] == "2")
     assert "--head is 'pooled_linear', but the run in" in refused(
         capsys, *TINY, "--output", str(tmp_path / "run"), "--activation", "leaky_relu", "--resume"
     )
-    plain = models.vgg([8, "M", 8], in_channels=1, image_size=(8, 8), fused=False)
+    plain = models.vgg([8, "M", 8], in_channels=1, image_size=(8, 8), fused=False, head=head)
     plain.backbone().load_state_dict(weights(tmp_path / "run"), strict=True)
 
 

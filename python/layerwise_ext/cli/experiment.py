@@ -44,7 +44,9 @@ def augmentation(arguments: argparse.Namespace, info: Info, normalization: Norma
     return data.standard_augment(info, **options)
 
 
-def build_model(arguments: argparse.Namespace, shape: tuple[int, ...], num_classes: int) -> StagedModel:
+def build_model(
+    arguments: argparse.Namespace, shape: tuple[int, ...], num_classes: int, normalization: Normalization
+) -> StagedModel:
     from layerwise_ext import models
 
     downsampling: str | list[int] = arguments.downsampling
@@ -70,6 +72,8 @@ def build_model(arguments: argparse.Namespace, shape: tuple[int, ...], num_class
         "downsampling": downsampling,
         "fused": not arguments.plain,
         "head": arguments.head,
+        "image_mean": normalization.mean.tolist(),
+        "image_std": normalization.std.tolist(),
         "activation": arguments.activation,
         "seed": arguments.seed,
     }

@@ -42,6 +42,10 @@ HEADS = (
     "conv",
     "mlp_sr",
     "auglocal",
+    "goodness",
+    "reconstruction",
+    "infopro",
+    "infopro_contrastive",
 )
 
 

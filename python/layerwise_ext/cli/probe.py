@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         train_split = experiment.first(train_split, arguments.limit_train)
         loaders = [data.MemoryLoader(s, min(512, len(s.labels)), normalization) for s in (train_split, test_split)]
         info = data.info(settings.data, settings.data_dir, image_size=settings.image_size)
-        model = experiment.build_model(settings, tuple(train_split.images.shape[1:]), info.num_classes)
+        model = experiment.build_model(settings, tuple(train_split.images.shape[1:]), info.num_classes, normalization)
         run_folder.load_weights(model, file)
         found = probe.separability(model.to(device), *loaders, dim=arguments.dim)
     except (data.DataError, ValueError) as error:

@@ -32,7 +32,7 @@ def add_parser(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import torch
 
-    from layerwise_ext import data
+    from layerwise_ext import data, train
 
     if arguments.mode == "joint" and arguments.head != "pooled_linear" and arguments.deep_supervision is None:
         raise UsageError(f"--head is {arguments.head!r}, but --mode joint has no local losses; leave it out")
@@ -61,12 +61,15 @@ def run(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
         )
         test_loader = data.MemoryLoader(test_split, min(512, len(test_split.labels)), normalization)
-        model = experiment.build_model(arguments, tuple(train_split.images.shape[1:]), info.num_classes)
+        model = experiment.build_model(arguments, tuple(train_split.images.shape[1:]), info.num_classes, normalization)
         count, size = len(train_split.labels), arguments.batch_size
         spread = torch.arange(size) * count // size  # files may be sorted by class
         experiment.initialize_model(arguments, model, normalization.apply(train_split.images[spread]))
     except (data.DataError, ValueError) as error:
         raise UsageError(str(error)) from error
+    if arguments.head == "goodness":
+        pairs = train.LabelledPairs(loader, info.num_classes, seed=arguments.seed)
+        return _fit(arguments, output, settings, model, pairs, test_loader)
     return _fit(arguments, output, settings, model, loader, test_loader)
 
 
