@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +129,9 @@ def test_an_incoming_link_gives_every_batch_once_and_then_the_error(error: Excep
     assert next(batches)[0].item() == 1
     with pytest.raises(type(error), match="worker 0"):
         next(batches)
-
     with pytest.raises(type(error), match="worker 0"):
         list(FromBuffer(END, 3, 5, sent=[error]))
+
 
 def test_a_replayed_link_takes_its_steps_and_keeps_what_came_last() -> None:
     link = FromBuffer(END, 3, 5, sent=[1])
@@ -257,16 +257,10 @@ def test_replicas_train_as_one_process_on_whole_batches() -> None:
             assert record[name] == pytest.approx(expected[name], rel=1e-9)
 
 
-def member(rank: int, folder: str) -> None:
+def member(work: Callable[[int], Trainer], rank: int, folder: str) -> None:
     try:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-        with pytest.raises(ValueError, match="this is one of 2 processes, but 3 workers of 1 replicas are 3"):
-            DecoupledTrainer(network(), sgd, workers=3)
-        calls: list[int] = []
-        trainer, data = resumable(True)
-        trainer.fit(data, 1, loader(), lambda trainer, _: calls.append(trainer.epoch))
-        trainer.fit(data, 2, loader(), lambda trainer, _: calls.append(trainer.epoch))
-        assert calls == ([1, 2] if rank == 0 else [])
+        trainer = work(rank)
         torch.save((trainer.state_dict(), trainer.history), f"{folder}/{rank}.pt")
         dist.destroy_process_group()
     except BaseException:
@@ -274,16 +268,31 @@ def member(rank: int, folder: str) -> None:
         raise
 
 
-def test_in_processes_that_somebody_else_started_every_rank_has_the_result(tmp_path: Path) -> None:
+def run_members(work: Callable[[int], Trainer], folder: Path) -> None:
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=member, args=(rank, str(tmp_path))) for rank in range(2)]
+    processes = [context.Process(target=member, args=(work, rank, str(folder))) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
-    errors = [path.read_text() for path in sorted(tmp_path.glob("*.error"))]
+        process.join(300)
+    errors = [path.read_text() for path in sorted(folder.glob("*.error"))]
     assert not errors, "\n".join(errors)
     assert [process.exitcode for process in processes] == [0, 0]
+
+
+def two_workers(rank: int) -> Trainer:
+    with pytest.raises(ValueError, match="this is one of 2 processes, but 3 workers of 1 replicas are 3"):
+        DecoupledTrainer(network(), sgd, workers=3)
+    calls: list[int] = []
+    trainer, data = resumable(True)
+    trainer.fit(data, 1, loader(), lambda trainer, _: calls.append(trainer.epoch))
+    trainer.fit(data, 2, loader(), lambda trainer, _: calls.append(trainer.epoch))
+    assert calls == ([1, 2] if rank == 0 else [])
+    return trainer
+
+
+def test_in_processes_that_somebody_else_started_every_rank_has_the_result(tmp_path: Path) -> None:
+    run_members(two_workers, tmp_path)
     one, data = resumable(False)
     expected = one.fit(data, 2, loader())
     for rank in range(2):
@@ -291,6 +300,29 @@ def test_in_processes_that_somebody_else_started_every_rank_has_the_result(tmp_p
         assert without_seconds(history) == without_seconds(expected)
         assert equal(state["stages"], one.state_dict()["stages"])
         assert equal(state["optimizers"], one.state_dict()["optimizers"])
+
+
+def two_replicas(rank: int | None) -> Trainer:
+    """Order and augmentation come from the global generator; after two epochs another loader takes over."""
+    torch.manual_seed(3)
+    if rank is None:
+        trainer = trainer_for(LocalTrainer, network())
+    else:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(network())
+        trainer = trainer_for(DecoupledTrainer, model, workers=1, replicas=2)
+    trainer.fit(DataLoader(Noisy(), 16, shuffle=True), 2)
+    trainer.fit(DataLoader(Noisy(), 10, shuffle=True), 3)
+    return trainer
+
+
+def test_replicas_that_somebody_else_started_read_the_same_batches(tmp_path: Path) -> None:
+    run_members(two_replicas, tmp_path)
+    alone = two_replicas(None)
+    for rank in range(2):
+        state, history = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(state["stages"], alone.state_dict()["stages"], **TOLERANCE)
+        for record, expected in zip(history, alone.history, strict=True):
+            assert record["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-9)
 
 
 # -- What is refused ---------------------------------------------------------------------------------------------------
