@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import multiprocessing
 import os
 import signal
@@ -323,6 +324,20 @@ def test_replicas_that_somebody_else_started_read_the_same_batches(tmp_path: Pat
         torch.testing.assert_close(state["stages"], alone.state_dict()["stages"], **TOLERANCE)
         for record, expected in zip(history, alone.history, strict=True):
             assert record["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-9)
+
+
+def test_the_trainer_alone_logs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images, target = arrays()
+    images[0] = float("nan")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with caplog.at_level(logging.INFO, logger="layerwise_ext"):
+            trainer_for(DecoupledTrainer, network(), workers=1).fit([(images, target)], 1)
+    finally:
+        dist.destroy_process_group()
+    messages = [record.getMessage() for record in caplog.records]
+    assert sum("train_loss nan" in message for message in messages) == 1
+    assert sum("the loss of stage 0 is nan" in message for message in messages) == 1
 
 
 # -- What is refused ---------------------------------------------------------------------------------------------------

@@ -206,6 +206,9 @@ class Part(LocalTrainer):
         for gradient, mean in zip(gradients, means, strict=True):
             gradient.copy_(mean.view(gradient.shape))
 
+    def _log(self, record: Record) -> None:
+        """The trainer does, in its own process."""
+
     def _has_stopped(self, group: int) -> bool:
         return self._stopped[group]  # as the trainer says, who sees the validation data
 
