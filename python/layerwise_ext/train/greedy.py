@@ -120,9 +120,11 @@ class GreedyTrainer(Trainer):
         self.stage_epoch += 1
 
     def _next_stage(self) -> None:
-        # A finished stage is never trained again: what its optimiser remembers would only take memory.
+        # A finished stage is never trained again: what its optimiser remembers, and its best epoch, only take memory.
         self.optimizers[self.stage].state.clear()
         self._adopt_averages([self.stage])
+        if self._watches:
+            self._watches[self.stage].forget()
         if self._features is not None:
             self._features.remove()
         self.stage += 1
