@@ -168,6 +168,7 @@ def test_autocast_is_near_float32(name: str) -> None:
         actual = low(x, target)
     assert actual.features.dtype == torch.bfloat16 and actual.loss.dtype == torch.float32
     torch.testing.assert_close(actual.loss, expected.loss, rtol=0.03, atol=0.03)
+    assert actual.logits is None or actual.logits.dtype == torch.float32
     for mine, theirs in zip(gradients(actual.loss, low), gradients(expected.loss, exact), strict=True):
         if theirs is not None and theirs.norm() > 1e-6:  # a bias before batch norm has none
             assert mine.dtype == torch.float32

@@ -209,14 +209,12 @@ class ModuleHead(ClassifierHead):
                 f"the head's module gives {list(logits.shape)} of a map {list(moments.y.shape)}; logits need "
                 f"[{moments.y.shape[0]}, num_classes]"
             )
-        if target is None:
-            return HeadOutput(logits, None)
-        check_target(target, logits)
         with torch.autocast(logits.device.type, enabled=False):
-            loss = cross_entropy(
-                logits if logits.dtype == torch.float64 else logits.float(), target, self.label_smoothing
-            )
-        return HeadOutput(logits, loss)
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            if target is None:
+                return HeadOutput(logits, None)
+            check_target(target, logits)
+            return HeadOutput(logits, cross_entropy(logits, target, self.label_smoothing))
 
     def to_modules(self) -> nn.Sequential:
         return self.module if isinstance(self.module, nn.Sequential) else nn.Sequential(self.module)
