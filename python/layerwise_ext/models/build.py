@@ -21,6 +21,7 @@ from layerwise_ext.nn import (
     PredSimHead,
     SimilarityHead,
 )
+from layerwise_ext.nn.heads import zero_
 
 HEADS = (
     "pooled_linear",
@@ -157,9 +158,7 @@ def _of_later_units(
             x = modules[-1](x)
         modules.append(units[chosen].body(x.shape))
         x = output_of(modules[-1], x)
-    linear = nn.Linear(x.shape[1], num_classes)
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
+    linear = zero_(nn.Linear(x.shape[1], num_classes))
     return ModuleHead(nn.Sequential(*modules, nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear))
 
 

@@ -150,9 +150,7 @@ class PooledLinearHead(ClassifierHead):
         self.label_smoothing = check_label_smoothing(label_smoothing)
         self.linear = nn.Linear(in_channels * rows * columns, num_classes, bias, device=device, dtype=dtype)
         if zero_init:
-            nn.init.zeros_(self.linear.weight)
-            if bias:
-                nn.init.zeros_(self.linear.bias)
+            zero_(self.linear)
 
     def forward(self, moments: PooledMoments, target: Tensor | None = None) -> HeadOutput:
         check_features(moments, self.in_channels, self.bins)
@@ -218,6 +216,13 @@ class ModuleHead(ClassifierHead):
 
     def to_modules(self) -> nn.Sequential:
         return self.module if isinstance(self.module, nn.Sequential) else nn.Sequential(self.module)
+
+
+def zero_(linear: nn.Linear) -> nn.Linear:
+    """So that all classes begin alike."""
+    for parameter in linear.parameters():
+        nn.init.zeros_(parameter)
+    return linear
 
 
 def check_label_smoothing(value: float) -> float:
