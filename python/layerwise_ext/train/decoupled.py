@@ -131,7 +131,7 @@ class DecoupledTrainer(LocalTrainer):
             ValueError: ``epochs`` below 1; ``asynchronous`` with a loader without a length; something that cannot be
                 pickled.
             RuntimeError: the loader gave no batches; a worker was killed or failed. The trainer is then as it was after
-                the last finished epoch.
+                the last finished epoch; under torchrun, a checkpoint of then is what to go on from.
         """
         if self.asynchronous and length(loader) is None:
             raise ValueError("the loader has no length; asynchronous workers need it as their number of steps")
@@ -142,18 +142,17 @@ class DecoupledTrainer(LocalTrainer):
             history = super().fit(loader, epochs, val_loader, on_epoch_end, callbacks)
             done = True
         finally:
-            processes = self._processes
-            if isinstance(processes, Processes):
-                self._processes = None
+            processes, self._processes = self._processes, None
+            if processes is not None:
                 processes.end(at_once=not done)
         return history
 
     def _train_epoch(self, loader: Batches) -> Record:
         start = time.perf_counter()
         self._set_training()
+        now = random_state.capture(loader, self.device)  # before members of a group begin to draw numbers of their own
         if self._processes is None:
             self._processes = self._start(loader)
-        now = random_state.capture(loader, self.device)
         states = self._processes.epoch([self._state_of(rank, now) for rank in range(self.layout.processes)])
         self._take(states, loader)
         records = [state["history"][-1] for state in states]

@@ -44,8 +44,8 @@ class Evaluator(ABC):
 
         Returns:
             ``stages`` (indices of the heads that were evaluated), ``loss`` and ``accuracy`` (one float per such stage;
-            the mean over samples; an accuracy is NaN where the head has no classifier), ``final`` (accuracy of the
-            last of them), ``samples`` and, when asked for, ``ensemble``.
+            the mean over samples, of the accuracy over those whose target is not -100; it is NaN where the head has no
+            classifier), ``final`` (accuracy of the last of them), ``samples`` and, when asked for, ``ensemble``.
         """
         reported = self._reported()
         metrics, together = Metrics(len(reported), self.device), Metrics(1, self.device)
