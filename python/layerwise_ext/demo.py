@@ -10,11 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from layerwise_ext import _memory, checkpoint, data, models, report, train
+from layerwise_ext.studies.measure import TrainerStep, interleaved_times, peak_in_fresh_process
 
 MODES = {"joint": train.JointTrainer, "local": train.LocalTrainer, "greedy": train.GreedyTrainer}
 LAYERS = ("fused", "plain")
@@ -122,63 +118,26 @@ def _train_all(results: list[Result], seeds: int, epochs: int) -> None:
 # -- Time and memory of a step -----------------------------------------------------------------------------------------
 
 
-class Step:
-    """One training step of all stages: for greedy, each stage in turn on what the frozen ones before it give."""
-
-    def __init__(self, mode: str, layers: str, shape: Shape) -> None:
-        self.images, self.target = shape.batch_of_noise()
-        self.trainer = MODES[mode](shape.model(layers, 0), sgd, seed=0, progress=False)
-        for stage in self.trainer.stages:
-            stage.train()
-
-    def __call__(self) -> None:
-        if not isinstance(self.trainer, train.GreedyTrainer):
-            self.trainer.step(self.images, self.target)
-            return
-        x = self.images
-        for index, stage in enumerate(self.trainer.stages):
-            self.trainer.stage = index
-            self.trainer.step(x, self.target)
-            with torch.no_grad():
-                x = stage.features(x)
-
-    def clear(self) -> None:
-        for stage in self.trainer.stages:
-            stage.zero_grad(set_to_none=True)
-
-
-@contextmanager
-def _all_stages_timed(step: Step) -> Iterator[list[float]]:
-    start = time.perf_counter()
-    elapsed: list[float] = []
-    yield elapsed
-    elapsed.append((time.perf_counter() - start) * 1e3)
+def _step(mode: str, layers: str, shape: Shape) -> TrainerStep:
+    images, target = shape.batch_of_noise()
+    trainer = MODES[mode](shape.model(layers, 0), sgd, seed=0, progress=False)
+    return TrainerStep(trainer, images, target)
 
 
 def _time_all(results: list[Result], shape: Shape, rounds: int) -> None:
     """Fused and plain steps alternate, so that a machine that is slower for a while slows both."""
     for mode in MODES:
         pair = [result for result in results if result.mode == mode]
-        steps = [Step(mode, result.layers, shape) for result in pair]
-        times: list[list[float]] = [[] for _ in pair]
-        for round_ in range(rounds + 2):
-            for step, collected in zip(steps, times, strict=True):
-                with _all_stages_timed(step) as elapsed:
-                    step()
-                if round_ >= 2:
-                    collected += elapsed
-        plain = times[[result.layers for result in pair].index("plain")]
-        for result, own in zip(pair, times, strict=True):
+        steps = {result.layers: _step(mode, result.layers, shape) for result in pair}
+        times = interleaved_times(steps, rounds)
+        for result in pair:
+            own = times[result.layers]
             result.milliseconds[shape.name] = statistics.median(own)
-            result.speed[shape.name] = statistics.median(p / t for p, t in zip(plain, own, strict=True))
+            result.speed[shape.name] = statistics.median(p / t for p, t in zip(times["plain"], own, strict=True))
 
 
 def _peak_in_fresh_process(result: Result, shape: Shape) -> float:
-    command = [sys.executable, "-m", __name__, result.mode, result.layers, shape.name, str(torch.get_num_threads())]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"measuring the memory of {result.mode}, {result.layers} failed:\n{done.stderr[-2000:]}")
-    return float(done.stdout.splitlines()[-1])
+    return peak_in_fresh_process(__name__, result.mode, result.layers, shape.name, str(torch.get_num_threads()))
 
 
 def _print_peak() -> None:
@@ -191,7 +150,7 @@ def _print_peak() -> None:
     _memory.return_freed_memory()
     torch.set_num_threads(arguments.threads)
     shape = DIGITS if arguments.shape == DIGITS.name else IMAGES
-    step = Step(arguments.mode, arguments.layers, shape)
+    step = _step(arguments.mode, arguments.layers, shape)
     print(_memory.peak_of_step(step, step.clear) / 2**20)
 
 

@@ -11,7 +11,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from layerwise_ext.cli import bench, demo, info, probe, train
+from layerwise_ext.cli import bench, demo, info, probe, study, train
 from layerwise_ext.cli.common import FAILED, INTERRUPTED, OK, USAGE, UsageError
 from layerwise_ext.cli.options import DATA, HEADS, INITS, MODES
 
@@ -29,7 +29,7 @@ __all__ = [
     "main",
 ]
 
-COMMANDS = (demo, train, probe, bench, info)
+COMMANDS = (demo, train, study, probe, bench, info)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from layerwise_ext.studies.layerwise import Layerwise
+from layerwise_ext.studies.runner import run
 from layerwise_ext.studies.study import (
     Cell,
     Figure,
@@ -15,9 +17,10 @@ from layerwise_ext.studies.study import (
     compare,
     compare_steps,
 )
+from layerwise_ext.studies.trainability import Trainability
 
 # The studies by name, in the order of the questions.
-NAMES: dict[str, type[Study]] = {}
+NAMES: dict[str, type[Study]] = {study.name: study for study in (Layerwise, Trainability)}
 
 __all__ = [
     "NAMES",
@@ -32,4 +35,5 @@ __all__ = [
     "Task",
     "compare",
     "compare_steps",
+    "run",
 ]

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from layerwise_ext import train
+from layerwise_ext import _memory, train
+
+if TYPE_CHECKING:
+    from layerwise_ext.studies.study import Cell, Study, Task
 
 WARMUP_ROUNDS = 2
+ROUNDS, QUICK_ROUNDS = 15, 3
 
 
 class Step(Protocol):
@@ -83,5 +91,68 @@ def interleaved_times(
     return times
 
 
-def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
-    return {name: statistics.median(values) for name, values in times.items()}
+def peak_in_fresh_process(module: str, *arguments: str) -> float:
+    """MiB that ``python -m module arguments`` prints on its last line.
+
+    Raises:
+        RuntimeError: the process failed.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"measuring the memory of {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
+    return float(done.stdout.splitlines()[-1])
+
+
+def steps(study: Study, task: Task, cells: Sequence[Cell], *, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Time and peak memory of the steps of the cells that have one.
+
+    Returns:
+        ``cells``: :attr:`Results.measured`; ``note``: why the memory was not measured, or None.
+    """
+    made = {cell.name: step for cell in cells if (step := study.step(task, cell)) is not None}
+    if not made:
+        return {"cells": {}, "note": None}
+    say(f"measuring a step of {len(made)} cells")
+    is_cuda = task.device.type == "cuda"
+    synchronize = partial(torch.cuda.synchronize, task.device) if is_cuda else None
+    times = interleaved_times(made, QUICK_ROUNDS if task.quick else ROUNDS, synchronize=synchronize)
+    measured: dict[str, dict[str, Any]] = {
+        name: {"step_ms": statistics.median(values), "rounds_ms": values} for name, values in times.items()
+    }
+    note = None if is_cuda else _memory.unavailable()
+    if note is None:
+        for name in list(made)[:1] if task.quick else made:
+            if is_cuda:
+                measured[name]["peak_mib"] = _peak_on_device(made[name], task.device)
+            else:
+                (cell,) = (cell for cell in cells if cell.name == name)
+                measured[name]["peak_mib"] = _peak_in_fresh_process(study, task, cell)
+    return {"cells": measured, "note": note}
+
+
+def _peak_in_fresh_process(study: Study, task: Task, cell: Cell) -> float:
+    facts = {
+        "study": study.name,
+        "cell": cell.name,
+        "data": task.name,
+        "shape": [min(study.batch_size, len(task.train.labels)), *task.image_shape],
+        "num_classes": task.num_classes,
+        "threads": task.threads,
+        "quick": task.quick,
+    }
+    return peak_in_fresh_process("layerwise_ext.studies.peak", json.dumps(facts))
+
+
+def _peak_on_device(step: Step, device: torch.device) -> float:
+    """Of torch's allocator, the median of three steps."""
+    peaks = []
+    for _ in range(_memory.MEASURED_STEPS):
+        step.clear()
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        torch.cuda.synchronize(device)
+        peaks.append(torch.cuda.max_memory_allocated(device) - before)
+    return statistics.median(peaks) / 2**20

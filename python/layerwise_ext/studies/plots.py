@@ -23,12 +23,30 @@ def centres(summaries: Sequence[Summary], scale: float = 1.0) -> tuple[list[floa
     return means, [0.0 if s.spread != s.spread else scale * s.spread / 2 for s in summaries]
 
 
-def line(axis: Any, x: Sequence[float], summaries: Sequence[Summary], label: str, number: int, *,
-         scale: float = 1.0, **options: Any) -> None:  # fmt: skip
-    """A line of means with half the spread as error bars; ``number`` picks colour and marker."""
+def style(number: int) -> dict[str, Any]:
+    """Colour, marker and dashes of the line with this number."""
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "linestyle": LINES[number // len(COLOURS) % len(LINES)],
+    }
+
+
+def line(
+    axis: Any, x: Sequence[float], summaries: Sequence[Summary], label: str, number: int, *, scale: float = 1.0
+) -> None:
+    """A line of means with half of the spread as error bars; ``number`` picks its :func:`style`."""
     means, halves = centres(summaries, scale)
-    style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "capsize": 3}
-    axis.errorbar(x, means, halves, label=label, **(style | options))
+    axis.errorbar(x, means, halves, label=label, capsize=3, **style(number))
+
+
+def legend_above(figure: Any, columns: int = 2) -> None:
+    """One legend for all axes of the figure, in room of its own."""
+    entries: dict[str, Any] = {}
+    for axis in figure.axes:
+        handles, labels = axis.get_legend_handles_labels()
+        entries |= zip(labels, handles, strict=True)
+    figure.legend(entries.values(), entries.keys(), loc="outside upper left", ncols=columns)
 
 
 def bars(

@@ -162,6 +162,11 @@ class Summary:
         """Whether the mean, of differences, is farther from 0 than the spread and ``resolution``; not with one seed."""
         return self.seeds > 1 and abs(self.mean) > max(self.spread, resolution)
 
+    def text(self, scale: float = 1.0, digits: int = 1) -> str:
+        """The mean, with half of the spread where there is one."""
+        mean = f"{scale * self.mean:.{digits}f}"
+        return mean if self.seeds == 1 else f"{mean} ± {scale * self.spread / 2:.{digits}f}"
+
 
 @dataclass(frozen=True)
 class Results:
@@ -278,7 +283,7 @@ class Study(ABC):
         """One training: numbers, or lists of them, that JSON has (NaN and infinity are allowed).
 
         A loss that is not finite, or an accuracy no better than chance, is a result like any other. The same arguments
-        give the same numbers, but for times. torch's global generator was seeded with ``seed`` and is put back afterwards.
+        give the same numbers, but for times. torch's global generator was seeded with ``seed``; it is put back later.
         """
 
     @abstractmethod
@@ -387,6 +392,6 @@ def compare_steps(results: Results, first: Cell | str, second: Cell | str, *, na
         ratio = a["peak_mib"] / max(b["peak_mib"], PEAK_RESOLUTION_MIB)
         text = f"A step of {a_name} needs {ratio:.2f} times the memory of one of {b_name} ({sides})."
         if not is_clear:
-            text = f"No difference in memory between a step of {a_name} and one of {b_name} could be told ({sides})."
+            text = f"No difference in memory between steps of {a_name} and {b_name} could be told ({sides})."
         findings.append(Finding(text, is_clear))
     return findings
