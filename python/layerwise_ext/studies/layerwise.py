@@ -132,7 +132,7 @@ class Layerwise(Study):
         if method.endswith("-split"):
             return None
         network = _network(task, method, 0)
-        images, target = next(iter(task.loader(self.batch_size, 0)))
+        images, target = next(iter(task.loader(self.step_batch(task), 0)))
         if method == "autoencoder":
             return _PretrainingStep(_pretrainer(task, network, 0), images)
         return TrainerStep(_trainer(task, method, network, 1, 0), images, target)
@@ -160,7 +160,7 @@ class Layerwise(Study):
             Figure(
                 "accuracy",
                 "Test accuracy, %",
-                f"Bars of the test accuracy in per cent: {accuracies}.",
+                f"Test accuracy in per cent: {accuracies}.",
                 lambda figure: _draw_accuracy(figure, results, cells),
                 (5.0, 0.9 + 0.36 * len(cells)),
             ),
@@ -341,13 +341,8 @@ def _number(value: float | None) -> str:
 
 
 def _draw_accuracy(figure: MatplotlibFigure, results: Results, cells: list[Cell]) -> None:
-    axis = figure.subplots()
     summaries = [results.summary(cell, "accuracy") for cell in cells]
-    plots.bars(axis, [LABELS[cell.name] for cell in cells], summaries, scale=100)
-    lowest = min(100 * s.mean for s in summaries)
-    if lowest > 50:
-        axis.set_xlim(left=max(0.0, 10 * (lowest // 10) - 10))
-        axis.set_xlabel(f"%, from {axis.get_xlim()[0]:.0f} on")
+    plots.points(figure.subplots(), [LABELS[cell.name] for cell in cells], summaries, scale=100)
 
 
 def _draw_curves(figure: MatplotlibFigure, results: Results, cells: list[Cell]) -> None:
@@ -368,7 +363,7 @@ def _draw_stages(figure: MatplotlibFigure, results: Results, cells: list[Cell]) 
             plots.line(axis, range(1, len(layers) + 1), layers, LABELS[cell.name], number, scale=100)
         elif cell.name == "joint":
             axis.axhline(100 * layers[0].mean, color=plots.COLOURS[number], linestyle="--", label=LABELS[cell.name])
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    plots.whole_numbers(axis)
     axis.set_xlabel("stage")
     axis.set_ylabel("test accuracy, %")
     plots.legend_above(figure)

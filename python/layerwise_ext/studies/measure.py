@@ -136,7 +136,7 @@ def _peak_in_fresh_process(study: Study, task: Task, cell: Cell) -> float:
         "study": study.name,
         "cell": cell.name,
         "data": task.name,
-        "shape": [min(study.batch_size, len(task.train.labels)), *task.image_shape],
+        "shape": [study.step_batch(task), *task.image_shape],
         "num_classes": task.num_classes,
         "threads": task.threads,
         "quick": task.quick,

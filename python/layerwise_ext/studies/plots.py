@@ -49,16 +49,41 @@ def legend_above(figure: Any, columns: int = 2) -> None:
     figure.legend(entries.values(), entries.keys(), loc="outside upper left", ncols=columns)
 
 
+def whole_numbers(axis: Any) -> None:
+    """Ticks of the horizontal axis."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
 def bars(
     axis: Any, labels: Sequence[str], summaries: Sequence[Summary], *, scale: float = 1.0, digits: int = 1
 ) -> None:
-    """A horizontal bar per label, the first one on top, with its value; error bars are half the spread."""
+    """A horizontal bar from 0 per label, the first one on top, with its value; error bars are half of the spread."""
     means, halves = centres(summaries, scale)
+    for row, mean in enumerate(means):
+        axis.barh(row, mean, 0.7, color=COLOURS[row % len(COLOURS)])
+    _named_rows(axis, labels, means, halves, digits)
+
+
+def points(
+    axis: Any, labels: Sequence[str], summaries: Sequence[Summary], *, scale: float = 1.0, digits: int = 1
+) -> None:
+    """As :func:`bars`, with markers on an axis that need not begin at 0."""
+    means, halves = centres(summaries, scale)
+    for row, mean in enumerate(means):
+        axis.plot(mean, row, **(style(row) | {"markersize": 8}))
+    _named_rows(axis, labels, means, halves, digits)
+
+
+def _named_rows(axis: Any, labels: Sequence[str], means: Sequence[float], halves: Sequence[float], digits: int) -> None:
     for row, (mean, half) in enumerate(zip(means, halves, strict=True)):
-        axis.barh(row, mean, 0.7, xerr=half or None, color=COLOURS[row % len(COLOURS)], capsize=3)
-        axis.annotate(f"{mean:.{digits}f}", (mean + half, row), (4, 0), textcoords="offset points", va="center")
+        if half > 0:
+            axis.errorbar(mean, row, xerr=half, color=INK, capsize=4, linewidth=1.2)
+        offset = {"xytext": (6, 0), "textcoords": "offset points"}
+        axis.annotate(f"{mean:.{digits}f}", (mean + half, row), va="center", **offset)
     axis.set_yticks(range(len(labels)), labels)
-    axis.invert_yaxis()
+    axis.set_ylim(len(labels) - 0.4, -0.6)
     axis.margins(x=0.15)
     axis.grid(visible=False, axis="y")
 
@@ -70,7 +95,7 @@ def save(figure: Figure, folder: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    style = {
+    settings: Any = {
         "font.size": 11,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -83,7 +108,7 @@ def save(figure: Figure, folder: Path) -> None:
         "svg.hashsalt": figure.name,  # the same file for the same numbers
         **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
     }
-    with plt.rc_context(style):
+    with plt.rc_context(settings):
         drawn = plt.figure(figsize=figure.size, layout="constrained")
         try:
             figure.draw(drawn)

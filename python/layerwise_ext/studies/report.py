@@ -71,13 +71,14 @@ def setup(study: Study, task: Task, folder: Folder, results: Results) -> dict[st
     plan = folder.plan
     assert plan is not None
     measured = folder.measured or {}
+    is_measured = bool(measured.get("cells"))
     training, measuring = sum(run.seconds for run in results.runs), measured.get("seconds", 0.0)
     seeds = ", ".join(map(str, results.seeds)) or "none that all cells have"
     facts = {
         "data": f"{task.name}: {len(task.train.labels)} training and {len(task.test.labels)} test images of "
         f"{channels}x{height}x{width}, {task.num_classes} classes",
         **study.setup(task),
-        "batch size": str(study.batch_size),
+        "batch size": str(study.batch_size) + (f"; measured steps {study.step_batch(task)}" if is_measured else ""),
         "epochs": str(plan.epochs),
         "seeds": seeds,
         "length": "as given" if plan.budget is None else f"chosen for a budget of {plan.budget:g} minutes",

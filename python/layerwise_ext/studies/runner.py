@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,14 +56,16 @@ def run(
         say: shows a line of progress.
 
     Raises:
-        ValueError: numbers below 1; a ``budget`` that is too small for one epoch of everything; a folder of another
-            study, or with other epochs.
+        ValueError: numbers below 1; all three of them; a ``budget`` that is too small for one epoch of everything; a
+            folder of another study, or with other epochs.
     """
     for name, value in (("epochs", epochs), ("seeds", seeds)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; allowed: 1 or more")
     if budget is not None and not 0 < budget < math.inf:
         raise ValueError(f"budget is {budget}; allowed: a positive number of minutes")
+    if budget is not None and epochs is not None and seeds is not None:
+        raise ValueError(f"epochs {epochs} and seeds {seeds} leave nothing for budget to choose; leave one of them out")
     cells = study.cells(task)
     _check_names(cells)
     folder = Folder(Path(output), _settings(study, task))
@@ -73,7 +76,8 @@ def run(
     folder.add_machine(machine(task))
     start = clock()
     if folder.measured is None:
-        folder.measured = measure.steps(study, task, cells, say=say) | {"seconds": clock() - start}
+        with _seeded(task, 0):
+            folder.measured = measure.steps(study, task, cells, say=say) | {"seconds": clock() - start}
     trained = [cell for cell in cells if cell.trained]
     folder.plan = plan = _plan(study, task, folder, trained, epochs, seeds, budget, start, clock, say)
     _train(study, task, folder, trained, plan, clock, say)
@@ -133,7 +137,7 @@ def _plan(
     before = folder.plan
     if before is not None:
         return _extended(before, folder, len(cells), seeds, budget, say)
-    if budget is None or (epochs is not None and seeds is not None):
+    if budget is None:
         own = 1 if task.quick else study.default_epochs
         usual = 1 if task.quick else DEFAULT_SEEDS
         plan = Plan(epochs or own, seeds or usual, None, seeds is not None)
@@ -165,12 +169,11 @@ def seconds_per_epoch(
     part = task.part(TIMED_IMAGES)
     scale = len(task.train.labels) / len(part.train.labels)
     seconds = {}
-    with _quiet():
-        _run(study, part, cells[0], 0, 1)
-        for cell in cells:
-            start = clock()
-            _run(study, part, cell, 0, 1)
-            seconds[cell.name] = (clock() - start) * scale
+    _run(study, part, cells[0], 0, 1)
+    for cell in cells:
+        start = clock()
+        _run(study, part, cell, 0, 1)
+        seconds[cell.name] = (clock() - start) * scale
     return seconds
 
 
@@ -238,8 +241,7 @@ def _train(
                 return
         for cell in missing:
             start = clock()
-            with _quiet():
-                values = _run(study, task, cell, seed, plan.epochs)
+            values = _run(study, task, cell, seed, plan.epochs)
             finished = Run(cell.name, seed, plan.epochs, clock() - start, values)
             folder.add_run(finished)
             done[cell.name, seed] = finished.seconds
@@ -261,11 +263,17 @@ def _seconds_left(cells: Sequence[Cell], seeds: int, done: Mapping[tuple[str, in
     return total
 
 
-def _run(study: Study, task: Task, cell: Cell, seed: int, epochs: int) -> dict[str, object]:
-    devices = [task.device] if task.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+def _run(study: Study, task: Task, cell: Cell, seed: int, epochs: int) -> dict[str, Any]:
+    with _seeded(task, seed), _quiet():
         return study.run(task, cell, seed, epochs)
+
+
+@contextmanager
+def _seeded(task: Task, seed: int) -> Iterator[None]:
+    """torch's global generators begin with the seed, and are put back."""
+    with torch.random.fork_rng(devices=[task.device] if task.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 @contextmanager

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 QUICK_IMAGES = 256
 # Of layerwise_ext._memory: the kernel's counter is exact to some hundred KiB.
 PEAK_RESOLUTION_MIB = 0.5
+# Of all images in a step that is measured; 64 images of 32x32.
+STEP_PIXELS = 64 * 32 * 32
 
 
 @dataclass(frozen=True)
@@ -304,9 +306,14 @@ class Study(ABC):
     def step(self, task: Task, cell: Cell) -> Step | None:
         """A training step whose time (all cells in turn) and peak memory (in a fresh process) are measured; None: none.
 
-        ``task`` is the real one, or in a fresh process one that has a few images of the same shape.
+        ``task`` is the real one, or in a fresh process one that has a batch of images of the same shape.
         """
         return None
+
+    def step_batch(self, task: Task) -> int:
+        """Images in a measured step: many of small ones, whose maps the counter of memory would not resolve."""
+        pixels = math.prod(task.image_shape[1:])
+        return min(len(task.train.labels), max(self.batch_size, STEP_PIXELS // pixels))
 
 
 def compare(

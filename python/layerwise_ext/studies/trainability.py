@@ -214,14 +214,14 @@ def _initialize(network: models.StagedModel, name: str, images: torch.Tensor, ge
     if name == "data_dependent":
         init.data_dependent_(network, images, generator=generator)
         return
-    fill: Callable[..., Any] = {
+    fills: dict[str, Callable[..., Any]] = {
         "gaussian": partial(nn.init.normal_, std=GAUSSIAN_STD),
         "xavier": nn.init.xavier_normal_,
         "he": partial(nn.init.kaiming_normal_, nonlinearity="relu"),
-    }[name]
+    }
     for layer in layers_of(network):
         weight, bias = layer.parameters()
-        fill(weight, generator=generator)
+        fills[name](weight, generator=generator)
         if bias is not None:
             nn.init.zeros_(bias)
 
@@ -370,7 +370,7 @@ def _draw_gradients(figure: MatplotlibFigure, results: Results, batch_norm: bool
             axis.plot(range(1, depth + 1), values, label=LABELS[initialisation], markevery=0.1, **plots.style(number))
         axis.set_yscale("log")
         axis.set_title(LABELS[activation], loc="left", fontsize=11)
-    axes[-1].xaxis.get_major_locator().set_params(integer=True)
+    plots.whole_numbers(axes[-1])
     axes[-1].set_xlabel("convolution, from the image to the classifier")
     figure.supylabel("gradient norm", fontsize=11)
     plots.legend_above(figure)
