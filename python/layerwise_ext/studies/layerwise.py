@@ -350,6 +350,7 @@ def _draw_curves(figure: MatplotlibFigure, results: Results, cells: list[Cell]) 
     for number, cell in enumerate(cells):
         seconds, accuracy = (results.values(cell, key)[0] for key in ("curve_seconds", "curve_accuracy"))
         axis.plot(seconds, [100 * value for value in accuracy], label=LABELS[cell.name], **plots.style(number))
+    axis.set_xscale("log")
     axis.set_xlabel("seconds of training (seed 0)")
     axis.set_ylabel("test accuracy, %")
     plots.legend_above(figure)

@@ -84,8 +84,9 @@ def setup(study: Study, task: Task, folder: Folder, results: Results) -> dict[st
         "length": "as given" if plan.budget is None else f"chosen for a budget of {plan.budget:g} minutes",
         "wall time": f"{duration(training)} for {len(results.runs)} runs, {duration(measuring)} for measuring steps",
         "spread": "± is half of the spread, which is the largest minus the smallest value over seeds. A difference "
-        "counts as found where it is larger than the spread of either side. With few seeds and many comparisons a "
-        "difference can be found by chance, and all of them are about this one set of test images.",
+        "counts as found where it is larger than the spread of either side or, where it is taken seed by seed, than "
+        "its own. With few seeds and many comparisons a difference can be found by chance, and all of them are about "
+        "this one set of test images.",
     }
     if measured.get("note"):
         facts["memory"] = f"not measured: {measured['note']}"

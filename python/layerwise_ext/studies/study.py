@@ -353,23 +353,28 @@ def compare(
         bad = " and ".join(name for name, s in ((a_name, a), (b_name, b)) if math.isnan(s.mean))
         return Finding(f"The {what} of {bad} is not finite; {a_name} and {b_name} cannot be compared.", False)
     difference = a.mean - b.mean
-    size = f"{abs(difference) * scale:.3g}{unit}"
+    size = _size(difference * scale, unit)
     word = higher if difference > 0 else lower
     sides = f"({a.mean * scale:.4g} against {b.mean * scale:.4g})"
+    if difference == 0:
+        return Finding(f"The {what} of {a_name} and that of {b_name} are the same ({a.mean * scale:.4g}).", False)
     sentence = f"The {what} of {a_name} is {size} {word} than that of {b_name} {sides}"
     if min(a.seeds, b.seeds) == 1:
         return Finding(f"{sentence}; with one seed there is no spread, so this may be chance.", False)
     spread = max(a.spread, b.spread)
-    limit = max(spread, resolution)
-    if abs(difference) > limit:
-        return Finding(f"{sentence}, more than the spread over seeds ({spread * scale:.3g}{unit}).", True)
-    why = f"the spread over seeds ({spread * scale:.3g}{unit})"
+    if abs(difference) > max(spread, resolution):
+        return Finding(f"{sentence}, more than the spread over seeds ({_size(spread * scale, unit)}).", True)
+    why = f"the spread over seeds ({_size(spread * scale, unit)})"
     if spread < resolution:
-        why = f"what can be told ({resolution * scale:.3g}{unit})"
+        why = f"what can be told ({_size(resolution * scale, unit)})"
     return Finding(
         f"No difference in {what} between {a_name} and {b_name} was found: {size} {sides} is not more than {why}.",
         False,
     )
+
+
+def _size(value: float, unit: str) -> str:
+    return f"{abs(value):.{2 if abs(value) < 10 else 3}g}{unit}"
 
 
 def compare_steps(results: Results, first: Cell | str, second: Cell | str, *, names: tuple[str, str]) -> list[Finding]:

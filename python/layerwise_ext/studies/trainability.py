@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"logistic": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU}
 INITS = ("gaussian", "xavier", "he", "lsuv", "data_dependent")
-DEPTHS = (4, 10, 20)
+DEPTHS = (4, 8, 16)
 QUICK: dict[str, Any] = {"activation": ("logistic", "relu"), "init": ("gaussian", "he"), "depth": (2, 6)}
 LABELS = {"logistic": "logistic", "tanh": "tanh", "relu": "ReLU", "gaussian": "small Gaussian", "xavier": "Xavier",
           "he": "He", "lsuv": "LSUV", "data_dependent": "data-dependent"}  # fmt: skip
@@ -35,7 +35,7 @@ GAUSSIAN_STD = 0.01
 MOMENTUM = 0.9
 LEARNING_RATES = (0.1, 0.01)
 # Images for the gradients at the start, and for initialisation from data.
-IMAGES = 256
+IMAGES = 128
 # A gradient keeps its size where that at the first convolution is within this factor of that at the last one.
 FACTOR = 100.0
 # By how much the shares of settings that learn have to differ for gradients to tell which ones do.
@@ -55,6 +55,7 @@ class Trainability(Study):
     )
     default_epochs = 2
     max_epochs = 20
+    batch_size = 32
 
     def cells(self, task: Task) -> list[Cell]:
         full = {"activation": tuple(ACTIVATIONS), "init": INITS, "depth": DEPTHS}
@@ -362,7 +363,7 @@ def _draw_accuracy(figure: MatplotlibFigure, results: Results, batch_norm: bool)
 
 def _draw_gradients(figure: MatplotlibFigure, results: Results, batch_norm: bool, depth: int) -> None:
     activations = _option(results, "activation")
-    axes = figure.subplots(len(activations), 1, sharex=True, squeeze=False)[:, 0]
+    axes = figure.subplots(len(activations), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     for axis, activation in zip(axes, activations, strict=True):
         for number, initialisation in enumerate(_option(results, "init")):
             layers = results.per_layer(_name(activation, batch_norm, initialisation, depth), "activation_gradient")
