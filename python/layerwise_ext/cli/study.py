@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from layerwise_ext.cli.common import Commands
 
 # Of studies.NAMES, which is not imported for --help.
-STUDIES = ("layerwise", "trainability")
+STUDIES = ("layerwise", "trainability", "pretraining", "scaling")
 
 
 def add_parser(commands: Commands) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from layerwise_ext.studies.layerwise import Layerwise
+from layerwise_ext.studies.pretraining import Pretraining
 from layerwise_ext.studies.runner import run
+from layerwise_ext.studies.scaling import Scaling
 from layerwise_ext.studies.study import (
     Cell,
     Figure,
@@ -20,7 +22,7 @@ from layerwise_ext.studies.study import (
 from layerwise_ext.studies.trainability import Trainability
 
 # The studies by name, in the order of the questions.
-NAMES: dict[str, type[Study]] = {study.name: study for study in (Layerwise, Trainability)}
+NAMES: dict[str, type[Study]] = {study.name: study for study in (Layerwise, Trainability, Pretraining, Scaling)}
 
 __all__ = [
     "NAMES",

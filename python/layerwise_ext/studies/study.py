@@ -160,6 +160,10 @@ class Summary:
         spread = max(values) - min(values) if len(values) > 1 else math.nan
         return Summary(statistics.fmean(values), spread, len(values))
 
+    def differs(self, resolution: float = 0.0) -> bool:
+        """Whether the mean, of differences, is farther from 0 than the spread and ``resolution``; not with one seed."""
+        return self.seeds > 1 and abs(self.mean) > max(self.spread, resolution)
+
     def text(self, scale: float = 1.0, digits: int = 1) -> str:
         """The mean, with half of the spread where there is one."""
         mean = f"{scale * self.mean:.{digits}f}"
@@ -196,17 +200,31 @@ class Results:
 
     def values(self, cell: Cell | str, key: str) -> list[Any]:
         """``values[key]`` of the cell's runs, by seed; runs that do not have it are left out."""
-        name = cell if isinstance(cell, str) else cell.name
-        runs = sorted((run for run in self.runs if run.cell == name), key=lambda run: run.seed)
+        runs = sorted((run for run in self.runs if run.cell == _name(cell)), key=lambda run: run.seed)
         return [run.values[key] for run in runs if key in run.values]
 
     def summary(self, cell: Cell | str, key: str) -> Summary:
         """Of a number over seeds."""
         return Summary.of(self.values(cell, key))
 
+    def paired(self, first: Cell | str, second: Cell | str, key: str) -> list[Any]:
+        """``values[key]`` of the first cell's runs minus that of the second's, of each seed that both have, by seed;
+        entry by entry where they are lists."""
+        runs = [{run.seed: run for run in self.runs if run.cell == _name(cell)} for cell in (first, second)]
+        a, b = ({seed: run.values[key] for seed, run in of.items() if key in run.values} for of in runs)
+        return [_minus(a[seed], b[seed]) for seed in sorted(a.keys() & b.keys())]
+
     def per_layer(self, cell: Cell | str, key: str) -> list[Summary]:
         """Of a list of numbers over seeds, entry by entry."""
         return [Summary.of(entries) for entries in zip(*self.values(cell, key), strict=True)]
+
+
+def _name(cell: Cell | str) -> str:
+    return cell if isinstance(cell, str) else cell.name
+
+
+def _minus(a: Any, b: Any) -> Any:
+    return [x - y for x, y in zip(a, b, strict=True)] if isinstance(a, Sequence) else a - b
 
 
 @dataclass(frozen=True)
@@ -330,7 +348,7 @@ def compare(
     """
     a, b = results.summary(first, key), results.summary(second, key)
     resolution = 1 / results.test_images if resolution is None else resolution
-    a_name, b_name = names or tuple(cell if isinstance(cell, str) else cell.name for cell in (first, second))
+    a_name, b_name = names or (_name(first), _name(second))
     if math.isnan(a.mean) or math.isnan(b.mean):
         bad = " and ".join(name for name, s in ((a_name, a), (b_name, b)) if math.isnan(s.mean))
         return Finding(f"The {what} of {bad} is not finite; {a_name} and {b_name} cannot be compared.", False)
@@ -365,7 +383,7 @@ def compare_steps(results: Results, first: Cell | str, second: Cell | str, *, na
     Found is a difference in time where the middle half of the rounds is on one side; in memory, one that is larger than
     what the system's counter resolves.
     """
-    a, b = (results.measured.get(cell if isinstance(cell, str) else cell.name, {}) for cell in (first, second))
+    a, b = (results.measured.get(_name(cell), {}) for cell in (first, second))
     a_name, b_name = names
     findings = []
     if a.get("rounds_ms") and b.get("rounds_ms"):
