@@ -89,10 +89,11 @@ def on_every_convolution(
         ValueError: a block of another number of convolutions than two.
     """
     stages = []
-    for stage, cost in zip(model, models.summary(model, image_shape).stages, strict=True):
+    for index, (stage, cost) in enumerate(zip(model, models.summary(model, image_shape).stages, strict=True)):
         if isinstance(stage.body, Residual):
             channels, *size = cost.output  # of both convolutions: the first one has the stride
-            first = heads.build(channels, (size[0], size[1]), is_output=False, pooled_output=True)
+            # None of them is the output.
+            first = heads.build(channels, (size[0], size[1]), index, len(model) + 1, pooled_output=True)
             stage = ConvolutionLossStage(stage.body, cast(ClassifierHead, stage.head), first)
         stages.append(stage)
     return models.StagedModel(stages, model.downsampling)
