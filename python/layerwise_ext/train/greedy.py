@@ -28,7 +28,8 @@ class GreedyTrainer(Trainer):
     stage, in one pass over the loader, and kept on the device in the dtype they have; each epoch then trains on them in
     a new order, drawn from the trainer's generator, in batches of the loader's size. Random augmentation is therefore
     drawn once per stage, for all stages but the first, which reads the loader in each epoch. Where early stopping ends
-    a stage, the next one begins. With ``ema_decay`` the next stage gets what the averaged weights give.
+    a stage, the next one begins. With ``ema_decay`` the next stage gets what the averaged weights give. With
+    ``process_group`` each process keeps the outputs of its part of the batches, and an order of its own.
 
     Args:
         stages, optimizer, ...: see :class:`Trainer`.
@@ -139,10 +140,10 @@ class GreedyTrainer(Trainer):
             self._fill_cache(loader)
         if self._features is None:
             return self._frozen_outputs(loader), length(loader)
-        return self._features.batches(self.generator), len(self._features)
+        return self._features.batches(self._replicas.own_generator(self.generator)), len(self._features)
 
     def _frozen_outputs(self, loader: Batches) -> Iterator[tuple[Tensor, Tensor]]:
-        for x, target in self._on_device(loader):
+        for x, target in self._on_device(self._replicas.share(loader)):
             with torch.no_grad(), self._autocast():
                 for stage in self.stages[: self.stage]:
                     x = stage.features(x)
@@ -155,17 +156,21 @@ class GreedyTrainer(Trainer):
         path, key = None, ""
         if self.cache_dir is not None:
             self.cache_dir.mkdir(parents=True, exist_ok=True)
-            path = self.cache_dir / f"stage{self.stage}.features"
+            part = "" if self._replicas.size == 1 else f".{self._replicas.rank}of{self._replicas.size}"
+            path = self.cache_dir / f"stage{self.stage}{part}.features"
             key = self._cache_key(now if replay is None else replay, loader)
         if replay is not None:
             self._features = None if path is None else self._features_of_before(path, key)
-            if self._features is not None:
+            if self._replicas.all(self._features is not None):
                 return
             random_state.restore(replay, loader, self.device)
         self._features = FeatureCache.fill(
             self._frozen_outputs(loader), length(loader), self.cache_limit_bytes, path, key
         )
-        self._fits = self._features is not None
+        self._fits = self._replicas.all(self._features is not None)
+        if not self._fits and self._features is not None:
+            self._features.remove()
+            self._features = None
         if replay is not None or not self._fits:
             random_state.restore(now, loader, self.device)
         if self._fits and replay is None:

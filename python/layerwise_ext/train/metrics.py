@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from layerwise_ext.train.replicas import ReplicaGroup
+
 # One epoch: "epoch" (from 1), "stages" (indices that the lists below are about), "train_loss", "train_accuracy", with a
 # val_loader also "val_loss" and "val_accuracy" (lists of floats), and "seconds" (training only).
 Record = dict[str, Any]
@@ -33,6 +35,14 @@ class Metrics:
         self._loss.add_(result.loss, alpha=samples)
         self._correct.add_(result.correct)
         self.samples += samples
+
+    def add_up(self, replicas: ReplicaGroup) -> None:
+        """Over all replicas."""
+        if replicas.size > 1:
+            sums = torch.cat((self._loss, self._correct, self._loss.new_tensor([self.samples])))
+            sizes = [len(self._loss), len(self._correct), 1]
+            self._loss, self._correct, samples = replicas.add_up(sums).split(sizes)
+            self.samples = int(samples)
 
     def loss(self) -> list[float]:
         """Mean per sample of each stage."""
