@@ -6,7 +6,7 @@ from layerwise_ext.nn.auxiliary import ConvHead, MLPSRHead
 from layerwise_ext.nn.chain import FusedChain, Residual
 from layerwise_ext.nn.contrastive import ContrastiveHead
 from layerwise_ext.nn.conv import AcceleratedDownsample2d, ConvBNReLU2d
-from layerwise_ext.nn.goodness import GoodnessHead
+from layerwise_ext.nn.goodness import GoodnessHead, label_goodness, write_labels
 from layerwise_ext.nn.heads import (
     ClassifierHead,
     FunctionHead,
@@ -45,5 +45,7 @@ __all__ = [
     "StageOutput",
     "convert_sync_batchnorm",
     "infopro_weights",
+    "label_goodness",
     "revert_sync_batchnorm",
+    "write_labels",
 ]

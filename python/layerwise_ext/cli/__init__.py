@@ -1,0 +1,62 @@
+"""The command ``layerwise-ext``.
+
+Each of its commands is a module with ``add_parser(commands)`` and ``run(arguments)``, which gives the exit status. None
+of them imports torch, or what needs it, before it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from layerwise_ext.cli import bench, demo, info, probe, train
+from layerwise_ext.cli.common import FAILED, INTERRUPTED, OK, USAGE, UsageError
+from layerwise_ext.cli.options import DATA, HEADS, INITS, MODES
+
+__all__ = [
+    "DATA",
+    "FAILED",
+    "HEADS",
+    "INITS",
+    "INTERRUPTED",
+    "MODES",
+    "OK",
+    "USAGE",
+    "UsageError",
+    "build_parser",
+    "main",
+]
+
+COMMANDS = (demo, train, probe, bench, info)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="layerwise-ext",
+        description="Layer-wise and joint training of convolutional networks with fused operators.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command in COMMANDS:
+        command.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, 1 when a worker is lost, 2 for bad arguments or data, 130 when interrupted."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and arguments.command != "bench":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.rest = rest
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        status: int = arguments.run(arguments)
+        return status
+    except UsageError as error:
+        print(f"layerwise-ext: error: {error}", file=sys.stderr)
+        return USAGE
+    except KeyboardInterrupt:
+        print("layerwise-ext: interrupted", file=sys.stderr)
+        return INTERRUPTED
