@@ -212,3 +212,12 @@ def test_import_needs_no_tools():
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == layerwise_ext.__version__
+
+
+def test_import_needs_only_what_is_required():
+    """Packages that extras bring are imported where they are used."""
+    required = re.search(r"^dependencies = .*$", (SOURCE / "pyproject.toml").read_text(), re.MULTILINE)[0]
+    packages = ("PIL", "matplotlib", "scipy", "sklearn", "tensorboard", "torchvision", "tqdm")
+    others = [name for name in packages if f'"{name}"' not in required]
+    result = run_python(f"import sys; sys.modules |= dict.fromkeys({others}); import layerwise_ext")
+    assert result.returncode == 0, result.stderr

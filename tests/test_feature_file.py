@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +17,36 @@ from test_train import arrays, loader, network, resumable, resume_after, same, t
 CPU = torch.device("cpu")
 
 
-def batches(layout: torch.memory_format, dtype: torch.dtype = torch.float32) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def batches(
+    layout: torch.memory_format, dtype: torch.dtype = torch.float32, target_dtype: torch.dtype = torch.int64
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     torch.manual_seed(0)
-    data = torch.randn(10, 3, 3, 5).to(dtype)
-    return [(x.to(memory_format=layout), t) for x, t in zip(data.split(4), torch.arange(10).split(4), strict=True)]
+    data, targets = torch.randn(10, 3, 3, 5).to(dtype), (torch.arange(10) * 1.5).to(target_dtype)
+    return [(x.to(memory_format=layout), t) for x, t in zip(data.split(4), targets.split(4), strict=True)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("dtype", "target_dtype"),
+    [(torch.float32, torch.int64), (torch.bfloat16, torch.float64), (torch.float64, torch.bfloat16)],
+)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_a_file_gives_the_batches_of_memory(tmp_path: Path, layout: torch.memory_format, dtype: torch.dtype) -> None:
-    data, path = batches(layout, dtype), tmp_path / "features"
+def test_a_file_gives_the_batches_of_memory(
+    tmp_path: Path, layout: torch.memory_format, dtype: torch.dtype, target_dtype: torch.dtype
+) -> None:
+    data, path = batches(layout, dtype, target_dtype), tmp_path / "features"
+    path.with_name(f".features.{os.getpid()}.tmp").write_bytes(b"left by a process of this number that was killed")
     memory, written = (FeatureCache.fill(data, 3, 1 << 20, p, "key") for p in (None, path))
     caches = [memory, written, FeatureCache.open(path, "key", CPU)]
     read = [list(cache.batches(torch.Generator().manual_seed(1))) for cache in caches if cache is not None]
     assert len(read) == 3 and [len(x) for x, _ in read[0]] == [4, 4, 2]
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(1))
+    for part in range(2):
+        everything = torch.cat([batch[part] for batch in data])
+        assert torch.equal(torch.cat([batch[part] for batch in read[0]]), everything[order])
     for other in read[1:]:
         for (x, target), (expected, expected_target) in zip(other, read[0], strict=True):
             assert torch.equal(x, expected) and torch.equal(target, expected_target)
-            assert x.is_contiguous(memory_format=layout) and x.dtype == dtype
+            assert x.is_contiguous(memory_format=layout) and (x.dtype, target.dtype) == (dtype, target_dtype)
     assert [p.name for p in tmp_path.iterdir()] == ["features"]
     assert written is not None
     written.remove()
@@ -55,6 +68,7 @@ def flip(path: Path, position: int) -> None:
         (lambda path: path.write_bytes(path.read_bytes()[:4000]), "bytes instead of"),
         (lambda path: path.write_bytes(bytes(4096) + path.read_bytes()[4096:]), "is not a finished file"),
         (lambda path: flip(path, 30), "has a damaged header"),
+        (lambda path: path.write_bytes(path.read_bytes().replace(b'"batch_size": 4', b'"batch_size": 5')), "header"),
         (lambda path: flip(path, 4096), "its checksum is another one"),
         (lambda path: flip(path, 4096 + 10 * 45 * 4 - 1), "its checksum is another one"),
         (lambda path: flip(path, path.stat().st_size - 8 * 3), "its checksum is another one"),  # the last target

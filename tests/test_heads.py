@@ -27,6 +27,7 @@ from head_cases import (
     make_stage,
     match,
     norm_ratio,
+    reconstruction,
     std,
     targets,
 )
@@ -167,6 +168,7 @@ def test_autocast_is_near_float32(name: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         actual = low(x, target)
     assert actual.features.dtype == torch.bfloat16 and actual.loss.dtype == torch.float32
+    assert actual.logits is None or actual.logits.dtype == torch.float32
     torch.testing.assert_close(actual.loss, expected.loss, rtol=0.03, atol=0.03)
     for mine, theirs in zip(gradients(actual.loss, low), gradients(expected.loss, exact), strict=True):
         if theirs is not None and theirs.norm() > 1e-6:  # a bias before batch norm has none
@@ -277,6 +279,17 @@ def test_the_image_is_another_size_than_the_map() -> None:
     _, moments = pred.moments(x)
     with pytest.raises(RuntimeError, match="needs_image is False"):
         _ = moments.image
+
+
+@pytest.mark.parametrize("name", ["infopro", "infopro, contrastive"])
+def test_images_without_labels_are_reconstructed(name: str) -> None:
+    stage, nothing = make_stage(name), torch.full((N,), -100)
+    loss = stage(images(), nothing).loss
+    expected = 0.3 * reconstruction(stage.head.reconstruction, stage.features(images()), nothing)
+    torch.testing.assert_close(loss, expected, **TOLERANCE)
+    mine, theirs = (torch.autograd.grad(each, list(stage.body.parameters())) for each in (loss, expected))
+    torch.testing.assert_close(mine, theirs, **TOLERANCE)
+    assert not any(g is not None and g.any() for g in gradients(stage(images(), nothing).loss, stage.head.projection))
 
 
 def test_infopro_weights() -> None:

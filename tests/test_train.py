@@ -450,6 +450,22 @@ def test_training_metrics_weigh_batches_by_their_size() -> None:
     assert record["train_loss"] == pytest.approx([sum(losses) / 40])
 
 
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_accuracies_are_over_the_samples_with_a_label(kind: type[Trainer]) -> None:
+    images, target = arrays()
+    target[::4] = -100
+    data = [(images, target)]
+    trainer = trainer_for(kind, network(), lambda parameters: torch.optim.SGD(parameters, lr=0.0))
+    result = trainer_for(kind, network()).step(images, target)
+    assert result.labelled == 30
+    assert trainer.fit(data, 1)[0]["train_accuracy"] == (result.correct / 30).tolist()
+    scores = trainer.evaluate(data, ensemble=True)
+    for name in ("final", "ensemble"):
+        hits = trainer.predict(images, ensemble=name == "ensemble").argmax(1) == target
+        assert scores[name] == pytest.approx(hits[target != -100].double().mean().item())
+    assert scores["samples"] == 40
+
+
 def test_schedulers_step_once_per_epoch_of_their_own_optimizer() -> None:
     halve = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)  # noqa: E731
     rates: list[list[float]] = []

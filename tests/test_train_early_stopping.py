@@ -63,6 +63,7 @@ def test_greedy_training_goes_on_with_the_next_stage() -> None:
     for stage, epoch in ((0, 2), (1, 7), (2, 8)):  # stage 1 came to its last epoch
         assert same(trainer.stages[stage].state_dict(), seen[epoch - 1][stage])
     assert same(seen[3][0], seen[1][0])  # stage 1 was trained on what stage 0 was put back to
+    assert [watch["best_state"] for watch in trainer.state_dict()["early_stopping"]] == [[]] * 3
 
 
 def test_a_stage_that_has_stopped_is_frozen_while_the_others_go_on() -> None:

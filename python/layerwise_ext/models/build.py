@@ -26,6 +26,7 @@ from layerwise_ext.nn import (
     SimilarityHead,
     infopro_weights,
 )
+from layerwise_ext.nn.heads import zero_
 
 HEADS = (
     "pooled_linear",
@@ -196,9 +197,7 @@ def _of_later_units(
             x = modules[-1](x)
         modules.append(units[chosen].body(x.shape))
         x = output_of(modules[-1], x)
-    linear = nn.Linear(x.shape[1], heads.num_classes)
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
+    linear = zero_(nn.Linear(x.shape[1], heads.num_classes))
     row = nn.Sequential(*modules, nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
     return ModuleHead(row, label_smoothing=heads.label_smoothing)
 

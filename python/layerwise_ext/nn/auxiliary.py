@@ -17,6 +17,7 @@ from layerwise_ext.nn.heads import (
     check_target,
     cross_entropy,
     grid,
+    zero_,
 )
 from layerwise_ext.nn.moments import PooledMoments
 
@@ -75,8 +76,7 @@ class ConvHead(ClassifierHead):
         )
         linear = nn.Linear(widths[-1] * self.cells[0] * self.cells[1], num_classes, **factory)
         if zero_init:
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+            zero_(linear)
         self.output = nn.Sequential(nn.BatchNorm2d(widths[-1], **factory), nn.Flatten(), linear)
 
     def forward(self, moments: PooledMoments, target: Tensor | None = None) -> HeadOutput:
@@ -99,7 +99,7 @@ class MLPSRHead(ClassifierHead):
         in_channels: channels of the stage's output.
         num_classes: number of classes.
         map_size: ``(H, W)`` of the stage's output.
-        hidden: units of the linear layers; None: four times ``in_channels``, as many as they read.
+        hidden: units of the linear layers; None: four times ``in_channels``, as many as a 2x2 map has.
         zero_init, label_smoothing: as of :class:`PooledLinearHead`.
 
     Shapes:
@@ -140,8 +140,7 @@ class MLPSRHead(ClassifierHead):
             layers += [nn.Linear(inputs, hidden, bias=False, **factory), nn.BatchNorm1d(hidden, **factory), nn.ReLU()]
         output = nn.Linear(hidden, num_classes, **factory)
         if zero_init:
-            nn.init.zeros_(output.weight)
-            nn.init.zeros_(output.bias)
+            zero_(output)
         self.layers = nn.Sequential(*layers, output)
 
     def forward(self, moments: PooledMoments, target: Tensor | None = None) -> HeadOutput:

@@ -150,9 +150,7 @@ class PooledLinearHead(ClassifierHead):
         self.label_smoothing = check_label_smoothing(label_smoothing)
         self.linear = nn.Linear(in_channels * rows * columns, num_classes, bias, device=device, dtype=dtype)
         if zero_init:
-            nn.init.zeros_(self.linear.weight)
-            if bias:
-                nn.init.zeros_(self.linear.bias)
+            zero_(self.linear)
 
     def forward(self, moments: PooledMoments, target: Tensor | None = None) -> HeadOutput:
         check_features(moments, self.in_channels, self.bins)
@@ -209,17 +207,22 @@ class ModuleHead(ClassifierHead):
                 f"the head's module gives {list(logits.shape)} of a map {list(moments.y.shape)}; logits need "
                 f"[{moments.y.shape[0]}, num_classes]"
             )
-        if target is None:
-            return HeadOutput(logits, None)
-        check_target(target, logits)
         with torch.autocast(logits.device.type, enabled=False):
-            loss = cross_entropy(
-                logits if logits.dtype == torch.float64 else logits.float(), target, self.label_smoothing
-            )
-        return HeadOutput(logits, loss)
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            if target is None:
+                return HeadOutput(logits, None)
+            check_target(target, logits)
+            return HeadOutput(logits, cross_entropy(logits, target, self.label_smoothing))
 
     def to_modules(self) -> nn.Sequential:
         return self.module if isinstance(self.module, nn.Sequential) else nn.Sequential(self.module)
+
+
+def zero_(linear: nn.Linear) -> nn.Linear:
+    """So that all classes begin alike."""
+    for parameter in linear.parameters():
+        nn.init.zeros_(parameter)
+    return linear
 
 
 def check_label_smoothing(value: float) -> float:

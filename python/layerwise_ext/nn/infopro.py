@@ -128,8 +128,8 @@ class InfoProHead(LocalHead):
         label_smoothing: of the cross-entropy, as in ``torch.nn.functional.cross_entropy``.
 
     Shapes:
-        those of :class:`ReconstructionHead`; target ``[N]``, int64, -100 for a sample without a label. Logits with
-        ``'softmax'``.
+        those of :class:`ReconstructionHead`; target ``[N]``, int64, -100 for a sample without a label, which is
+        reconstructed all the same. Logits with ``'softmax'``.
 
     Raises:
         ValueError: an unknown ``task``; negative ``weights``; ``label_smoothing`` out of range, or with
@@ -191,8 +191,9 @@ class InfoProHead(LocalHead):
         if target is None:
             return HeadOutput(logits, None)
         check_target(target, projected)
-        if logits is not None:
-            task = cross_entropy(logits, target, self.label_smoothing)
+        if logits is not None:  # 0 where no sample has a label, as the contrastive loss is where none has a partner
+            loss = cross_entropy(logits, target, self.label_smoothing)
+            task = torch.where((target != -100).any(), loss, 0.0)
         else:
             task = functional.supervised_contrastive_loss(projected, target, temperature=self.temperature)
         recovered = self.reconstruction(moments, target).loss

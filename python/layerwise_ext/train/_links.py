@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from layerwise_ext._replicas import LinkError, neighbour
+from layerwise_ext._replicas import neighbour
 from layerwise_ext.train.replay import ReplayBuffer
 
 # Before each batch goes its header of so many int64: the number of tensors, and of each one the index of its dtype, the
@@ -111,15 +111,15 @@ class Incoming:
         self._free: list[Tensor] = []
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        received: queue.Queue[_Batch | LinkError | None] = queue.Queue(self._end.in_flight)
+        received: queue.Queue[_Batch | Exception | None] = queue.Queue(self._end.in_flight)
         self._start(received.put)
         while (batch := received.get()) is not None:
-            if isinstance(batch, LinkError):
+            if isinstance(batch, Exception):
                 raise batch
             yield batch.tensors
             self._free.append(batch.memory)
 
-    def _start(self, put: Callable[[_Batch | LinkError | None], None]) -> None:
+    def _start(self, put: Callable[[_Batch | Exception | None], None]) -> None:
         """Receive an epoch in the background: every batch, then None, or an error in its place."""
 
         def run() -> None:
@@ -127,7 +127,7 @@ class Incoming:
                 for batch in self._receive():
                     put(batch)
                 put(None)
-            except LinkError as error:
+            except Exception as error:  # also one of this process, such as a lack of memory: somebody waits for a batch
                 put(error)
 
         threading.Thread(target=run, daemon=True).start()
@@ -171,7 +171,7 @@ class Replayed(Incoming):
         self.steps = steps
         self._changed = threading.Condition()
         self._in_use: _Batch | None = None
-        self._outcome: list[LinkError | None] = []  # of the epoch, once it is over
+        self._outcome: list[Exception | None] = []  # of the epoch, once it is over
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         self._outcome.clear()
@@ -187,7 +187,7 @@ class Replayed(Incoming):
             self._changed.wait_for(lambda: self._outcome)
             self._check()
 
-    def _put(self, batch: _Batch | LinkError | None) -> None:
+    def _put(self, batch: _Batch | Exception | None) -> None:
         with self._changed:
             if isinstance(batch, _Batch):
                 oldest = self.buffer.add(batch)

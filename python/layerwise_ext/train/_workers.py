@@ -118,14 +118,23 @@ class Part(LocalTrainer):
         self._outgoing = Outgoing(end(behind)) if behind < layout.processes else None
         self._sends_images = self._outgoing is not None and job.images[layout.stages(behind).start]
         self._length = job.steps
+        self._groups = [*replicas, *links.values()]
         self._images: deque[Tensor] = deque()  # of the batches that are on the device
         self._stopped: list[bool] = []
 
         optimizers = iter(job.optimizers)
-        group = replicas[layout.worker(rank)] if layout.replicas > 1 else None
-        super().__init__(job.stages, lambda _: next(optimizers), device=job.device, process_group=group, **job.options)
-        for module in (m for stage in self.stages for m in stage.modules() if isinstance(m, nn.SyncBatchNorm)):
-            module.process_group = replicas[layout.worker(rank)]
+        group = replicas[layout.worker(rank)]
+        super().__init__(
+            job.stages,
+            lambda _: next(optimizers),
+            device=job.device,
+            process_group=group if layout.replicas > 1 else None,
+            **job.options,
+        )
+        norms = [m for stage in self.stages for m in stage.modules() if isinstance(m, nn.SyncBatchNorm)]
+        self._groups_before = [(norm, norm.process_group) for norm in norms]
+        for norm in norms:
+            norm.process_group = group
         if rank > 0:
             torch.manual_seed(job.seed + rank)  # of dropout and the like; the first process has the trainer's own state
 
@@ -136,6 +145,13 @@ class Part(LocalTrainer):
         self._images.clear()
         self.fit(loader if self.incoming is None else self.incoming, self.epoch + 1)  # type: ignore[arg-type]
         return self.state_dict()
+
+    def close(self) -> None:
+        """Closes the connections to other processes, which have nothing more to send."""
+        for norm, group in self._groups_before:
+            norm.process_group = group
+        for group in self._groups:
+            dist.destroy_process_group(group)
 
     def _train_epoch(self, loader: Batches) -> Record:
         record = super()._train_epoch(loader)
@@ -162,6 +178,9 @@ class Part(LocalTrainer):
             self._outgoing.send(features, target, *([image] if self._sends_images else []))
         return result
 
+    def _log(self, record: Record) -> None:
+        """The trainer does, in its own process."""
+
     def _has_stopped(self, group: int) -> bool:
         return self._stopped[group]  # as the trainer says, who sees the validation data
 
@@ -181,7 +200,7 @@ def _links(layout: Layout) -> list[tuple[int, int]]:
 
 
 class Members:
-    """Processes that somebody else has started, such as torchrun; this one is one of them."""
+    """Processes that somebody else has started, such as torchrun, during one ``fit``; this one is one of them."""
 
     def __init__(self, job: Job) -> None:
         if not dist.is_initialized():
@@ -201,7 +220,10 @@ class Members:
         return [_decode(state) for state in every]
 
     def end(self, at_once: bool) -> None:
-        """Nothing: they belong to whoever has started them."""
+        """They belong to whoever has started them; only what connects them for this ``fit`` is given up."""
+        if not at_once:  # else they may be waiting for each other
+            self._part.close()
+            dist.destroy_process_group(self._objects)
 
 
 class Processes:

@@ -353,10 +353,18 @@ class Trainer(Resumable, Evaluator):
             self.schedulers[group].step()
         self._count_epoch()
         self.history.append(record)
-        logger.info("epoch %d: %s", record["epoch"], summary(record))
-        self._warn_of_collapse(record)
+        if self._replicas.rank == 0:
+            self._log(record)
         for callback in callbacks:
             callback.on_epoch_end(self, record)
+
+    def _log(self, record: Record) -> None:
+        """The last record of the history, and what is wrong with it."""
+        logger.info("epoch %d: %s", record["epoch"], summary(record))
+        for stage, loss in zip(record["stages"], record["train_loss"], strict=True):
+            if not math.isfinite(loss):
+                logger.warning("epoch %d: the loss of stage %d is %s", record["epoch"], stage, loss)
+        self._warn_of_collapse(record)
 
     def _warn_of_collapse(self, record: Record) -> None:
         for stage, classes in zip(record["stages"], self._classes, strict=True):
@@ -416,14 +424,10 @@ class Trainer(Resumable, Evaluator):
             raise RuntimeError("loader gave no batches; note that an iterator is used up after one epoch")
         metrics.add_up(self._replicas)
         self._replicas.broadcast(t for m in (*self.stages, *self._averages) for t in m.buffers())
-        losses = metrics.loss()
-        for stage, loss in zip(self._trained(), losses, strict=True):
-            if not math.isfinite(loss):
-                logger.warning("epoch %d: the loss of stage %d is %s", self.epoch + 1, stage, loss)
         return {
             "epoch": self.epoch + 1,
             "stages": self._trained(),
-            "train_loss": losses,
+            "train_loss": metrics.loss(),
             "train_accuracy": metrics.accuracy(),
             "seconds": time.perf_counter() - start,
         }

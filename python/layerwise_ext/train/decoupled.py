@@ -117,7 +117,7 @@ class DecoupledTrainer(LocalTrainer):
             ValueError: ``epochs`` below 1; ``asynchronous`` with a loader without a length; something that cannot be
                 pickled.
             RuntimeError: the loader gave no batches; a worker was killed or failed. The trainer is then as it was after
-                the last finished epoch.
+                the last finished epoch; under torchrun, a checkpoint of then is what to go on from.
         """
         if self.asynchronous and length(loader) is None:
             raise ValueError("the loader has no length; asynchronous workers need it as their number of steps")
@@ -128,9 +128,8 @@ class DecoupledTrainer(LocalTrainer):
             history = super().fit(loader, epochs, val_loader, on_epoch_end, callbacks)
             done = True
         finally:
-            processes = self._processes
-            if isinstance(processes, Processes):
-                self._processes = None
+            processes, self._processes = self._processes, None
+            if processes is not None:
                 processes.end(at_once=not done)
         return history
 
@@ -138,12 +137,12 @@ class DecoupledTrainer(LocalTrainer):
         start = time.perf_counter()
         self._set_training()
         ranks = range(self.layout.processes)
+        now = random_state.capture(loader, self.device)  # before members of a group begin to draw numbers of their own
         if self._processes is None:
             if self._rank is None:
                 self._processes = Processes([self._job(rank, loader) for rank in ranks])
             else:
                 self._processes = Members(self._job(self._rank, loader))
-        now = random_state.capture(loader, self.device)
         states = self._processes.epoch([self._state_of(rank, now) for rank in ranks])
         self._take(states, loader)
         records = [state["history"][-1] for state in states[:: self.layout.replicas]]  # those of replicas are alike

@@ -24,7 +24,8 @@ class EarlyStopping:
         patience: stop after so many epochs in a row without an improvement.
         min_delta: what counts as one: more than this better than the best value so far.
         metric: ``'val_loss'`` (smaller is better) or ``'val_accuracy'`` (larger is better).
-        restore_best: put parameters and buffers back to what they were when the metric was best.
+        restore_best: put parameters and buffers, when training is stopped, back to what they were when the metric was
+            best. Where it comes to its last epoch they stay as they are.
 
     Raises:
         ValueError: an argument out of range.
@@ -73,6 +74,10 @@ class Watch:
         self.stopped = True
         for module, state in zip(modules, self._best_state, strict=False):  # none where nothing was ever finite
             module.load_state_dict(state)
+        self.forget()
+
+    def forget(self) -> None:
+        """What it keeps to go back to, where training has ended."""
         self._best_state = []
 
     def _is_better(self, value: float) -> bool:

@@ -47,8 +47,8 @@ class Evaluator(ABC):
 
         Returns:
             ``stages`` (indices of the heads that were evaluated), ``loss`` and ``accuracy`` (one float per such stage;
-            the mean over samples; an accuracy is NaN where the head has no classifier), ``final`` (accuracy of the
-            last of them), ``samples`` and, when asked for, ``ensemble``.
+            the mean over samples, of the accuracy over those whose target is not -100; it is NaN where the head has no
+            classifier), ``final`` (accuracy of the last of them), ``samples`` and, when asked for, ``ensemble``.
         """
         return self._evaluate(loader, ReplicaGroup(None), ensemble)
 

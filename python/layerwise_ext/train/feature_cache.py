@@ -21,7 +21,7 @@ class FeatureCache:
 
     Args:
         rows: ``[capacity, ...]``, samples as they lie in memory; ``[capacity, H, W, C]`` with ``channels_last``.
-        targets: ``[capacity]``, int64.
+        targets: ``[capacity]``.
         batch_size: of the batches that are read.
         channels_last: the memory format of the features.
         device: where they are read to.
@@ -82,10 +82,10 @@ class FeatureCache:
             return None
         batches = itertools.chain([first], iterator)
         if path is None:
-            return cls._in_memory(first[0], count)._append(batches)
+            return cls._in_memory(first, count)._append(batches)
         try:
             with checkpoint.replacing(path) as temporary:
-                cache, file = cls._in_file(temporary, first[0], count)
+                cache, file = cls._in_file(temporary, first, count)
                 cache._append(batches)
                 file.finish(cache._filled, batch_size=cache.batch_size, channels_last=cache._channels_last, key=key)
         except FeatureFileError as error:
@@ -109,18 +109,18 @@ class FeatureCache:
         return cache
 
     @classmethod
-    def _in_memory(cls, example: Tensor, count: int) -> FeatureCache:
-        row, capacity = _rows(example)[0], example.shape[0] * count
-        rows = row.new_empty((capacity, *row.shape))
-        targets = torch.empty(capacity, dtype=torch.int64, device=example.device)
-        return cls(rows, targets, example.shape[0], _is_channels_last(example), example.device)
+    def _in_memory(cls, first: tuple[Tensor, Tensor], count: int) -> FeatureCache:
+        x, target = first
+        row, capacity = _rows(x)[0], x.shape[0] * count
+        rows, targets = row.new_empty((capacity, *row.shape)), target.new_empty(capacity)
+        return cls(rows, targets, x.shape[0], _is_channels_last(x), x.device)
 
     @classmethod
-    def _in_file(cls, path: Path, example: Tensor, count: int) -> tuple[FeatureCache, FeatureFile]:
-        row = _rows(example)[0]
-        file = FeatureFile.create(path, example.shape[0] * count, tuple(row.shape), row.dtype)
-        cache = cls(file.rows, file.targets, example.shape[0], _is_channels_last(example), example.device)
-        return cache, file
+    def _in_file(cls, path: Path, first: tuple[Tensor, Tensor], count: int) -> tuple[FeatureCache, FeatureFile]:
+        x, target = first
+        row = _rows(x)[0]
+        file = FeatureFile.create(path, x.shape[0] * count, tuple(row.shape), row.dtype, target.dtype)
+        return cls(file.rows, file.targets, x.shape[0], _is_channels_last(x), x.device), file
 
     def remove(self) -> None:
         """Delete the file, if there is one; the cache can be used no more."""

@@ -1,4 +1,7 @@
-"""A file of features and targets that is memory, too: a page of header, rows, targets."""
+"""A file of features and targets that is memory, too: a page of header, rows, targets.
+
+The header is a line that says what the file is, a line with the checksum of the rest, and that rest, in JSON.
+"""
 
 from __future__ import annotations
 
@@ -22,43 +25,44 @@ class FeatureFileError(Exception):
 
 
 class FeatureFile:
-    """Room for ``rows [capacity, ...]`` and ``targets [capacity]`` (int64), on the CPU, as the system sees fit.
+    """Room for ``rows [capacity, ...]`` and ``targets [capacity]``, on the CPU, as the system sees fit.
 
     The header is written last, by :meth:`finish`: a file without one is not read.
 
     Attributes:
-        header: what :meth:`finish` was given, with dtype, sizes and checksums (CRC-32).
+        header: what :meth:`finish` was given, with dtypes, sizes and checksums (CRC-32).
     """
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
         self.path = path
         self.header = header
-        row_bytes = math.prod(header["row"]) * _dtype(header).itemsize
-        rows_end = _HEADER_BYTES + header["capacity"] * row_bytes
-        start = -(-rows_end // 8) * 8  # of int64
-        self.size = start + header["capacity"] * 8
-        if not path.exists():
-            _reserve(path, self.size)
-        elif path.stat().st_size != self.size:
-            raise FeatureFileError(f"{path} has {path.stat().st_size} bytes instead of {self.size}")
+        rows_end, targets_start, size = _places(header)
+        if path.stat().st_size != size:
+            raise FeatureFileError(f"{path} has {path.stat().st_size} bytes instead of {size}")
         self._map = np.memmap(path, np.uint8, "r+")
         data = torch.from_numpy(self._map)
-        self.rows = data[_HEADER_BYTES:rows_end].view(_dtype(header)).view(header["capacity"], *header["row"])
-        self.targets = data[start:].view(torch.int64)
+        rows = data[_HEADER_BYTES:rows_end].view(_dtype(header["dtype"]))
+        self.rows = rows.view(header["capacity"], *header["row"])
+        self.targets = data[targets_start:].view(_dtype(header["target_dtype"]))
 
     @classmethod
-    def create(cls, path: Path, capacity: int, row: tuple[int, ...], dtype: torch.dtype) -> FeatureFile:
-        """
+    def create(
+        cls, path: Path, capacity: int, row: tuple[int, ...], dtype: torch.dtype, target_dtype: torch.dtype
+    ) -> FeatureFile:
+        """In place of whatever is there.
+
         Raises:
             FeatureFileError: no room, or no access.
         """
-        name = str(dtype).removeprefix("torch.")
-        return cls(path, {"dtype": name, "row": list(row), "capacity": capacity})
+        header = {"row": list(row), "capacity": capacity, "dtype": _name(dtype), "target_dtype": _name(target_dtype)}
+        _reserve(path, _places(header)[-1])
+        return cls(path, header)
 
     def finish(self, samples: int, **facts: Any) -> None:
         """Make it readable: the first ``samples`` rows are there."""
         self.header.update(facts, samples=samples, checksums=self._checksums(samples))
-        text = _MAGIC + json.dumps(self.header).encode()
+        content = json.dumps(self.header).encode()
+        text = b"%b%08x\n%b" % (_MAGIC, zlib.crc32(content), content)
         if len(text) > _HEADER_BYTES:
             raise FeatureFileError(f"the header of {self.path} takes {len(text)} bytes; there are {_HEADER_BYTES}")
         self._map[: len(text)] = np.frombuffer(text, np.uint8)
@@ -78,7 +82,10 @@ class FeatureFile:
         if not text.startswith(_MAGIC):
             raise FeatureFileError(f"{path} is not a finished file of features")
         try:
-            header = json.loads(text.removeprefix(_MAGIC))
+            checksum, content = text.removeprefix(_MAGIC).split(b"\n")
+            if int(checksum, 16) != zlib.crc32(content):
+                raise ValueError("its checksum is another one")
+            header = json.loads(content)
             differing = [name for name, value in facts.items() if header[name] != value]
             file = cls(path, header)
             samples, checksums = header["samples"], header["checksums"]
@@ -100,10 +107,22 @@ class FeatureFile:
         return sums
 
 
-def _dtype(header: dict[str, Any]) -> torch.dtype:
-    dtype = getattr(torch, header["dtype"])
+def _places(header: dict[str, Any]) -> tuple[int, int, int]:
+    """Where rows end, where targets begin, and where they end, the size of the file."""
+    capacity = header["capacity"]
+    rows_end = _HEADER_BYTES + capacity * math.prod(header["row"]) * _dtype(header["dtype"]).itemsize
+    targets_start = -(-rows_end // 8) * 8  # a multiple of the size of their elements
+    return rows_end, targets_start, targets_start + capacity * _dtype(header["target_dtype"]).itemsize
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
     if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"{header['dtype']} is no dtype")
+        raise TypeError(f"{name} is no dtype")
     return dtype
 
 

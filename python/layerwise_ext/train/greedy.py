@@ -26,8 +26,9 @@ class GreedyTrainer(Trainer):
 
     Earlier stages are frozen: no gradient, eval mode, running statistics untouched. Their outputs are computed once per
     stage, in one pass over the loader, and kept on the device in the dtype they have; each epoch then trains on them in
-    a new order, drawn from the trainer's generator, in batches of the loader's size. Random augmentation is therefore
-    drawn once per stage, for all stages but the first, which reads the loader in each epoch. Where early stopping ends
+    a new order, drawn from the trainer's generator, in batches of the loader's size. So for all stages but the first,
+    which reads the loader in each epoch, random augmentation is drawn once per stage, and a sampler that chooses which
+    images meet in a batch (:class:`~layerwise_ext.data.ClassBatchSampler`) has no part in it. Where early stopping ends
     a stage, the next one begins. With ``ema_decay`` the next stage gets what the averaged weights give. With
     ``process_group`` each process keeps the outputs of its part of the batches, and an order of its own.
 
@@ -121,8 +122,10 @@ class GreedyTrainer(Trainer):
         self.stage_epoch += 1
 
     def _next_stage(self) -> None:
-        # A finished stage is never trained again: what its optimiser remembers would only take memory.
+        # A finished stage is never trained again: what its optimiser remembers, and its best epoch, only take memory.
         self.optimizers[self.stage].state.clear()
+        if self._watches:
+            self._watches[self.stage].forget()
         self._adopt_averages([self.stage])
         if self._features is not None:
             self._features.remove()

@@ -17,10 +17,12 @@ Record = dict[str, Any]
 
 class StepResult(NamedTuple):
     """Of each trained stage, ``loss [S]`` and the number of ``correct [S]`` predictions (NaN where the head has no
-    classifier); tensors, not read back."""
+    classifier); the number of samples that have a label, a target other than -100, ``labelled []``; tensors, not read
+    back."""
 
     loss: Tensor
     correct: Tensor
+    labelled: Tensor
 
 
 class Metrics:
@@ -29,38 +31,39 @@ class Metrics:
     def __init__(self, stages: int, device: torch.device) -> None:
         self._loss = torch.zeros(stages, dtype=torch.float64, device=device)
         self._correct = torch.zeros(stages, dtype=torch.float64, device=device)
+        self._labelled = torch.zeros((), dtype=torch.float64, device=device)
         self.samples = 0
 
     def update(self, result: StepResult, samples: int) -> None:
         self._loss.add_(result.loss, alpha=samples)
         self._correct.add_(result.correct)
+        self._labelled.add_(result.labelled)
         self.samples += samples
 
     def add_up(self, replicas: ReplicaGroup) -> None:
         """Over all replicas."""
         if replicas.size > 1:
-            sums = torch.cat((self._loss, self._correct, self._loss.new_tensor([self.samples])))
-            sizes = [len(self._loss), len(self._correct), 1]
-            self._loss, self._correct, samples = replicas.add_up(sums).split(sizes)
-            self.samples = int(samples)
+            own = (self._loss, self._correct, self._labelled[None], self._loss.new_tensor([self.samples]))
+            sums = replicas.add_up(torch.cat(own)).split([len(t) for t in own])
+            self._loss, self._correct, self._labelled, self.samples = *sums[:2], sums[2][0], int(sums[3])
 
     def loss(self) -> list[float]:
         """Mean per sample of each stage."""
         return [value / self.samples for value in self._loss.tolist()]
 
     def accuracy(self) -> list[float]:
-        """Between 0 and 1, of each stage; NaN where the head has no classifier."""
-        return [value / self.samples for value in self._correct.tolist()]
+        """Between 0 and 1, of each stage, over the samples with a label; NaN where the head has no classifier."""
+        return (self._correct / self._labelled).tolist()
 
 
 def step_result(losses: list[Tensor], logits: list[Tensor | None], target: Tensor) -> StepResult:
-    """Metrics of one batch from the loss and the logits ``[N, num_classes]`` of each stage."""
+    """Metrics of one batch from the loss and the logits ``[N, num_classes]`` of each stage; ``target [N]``."""
     with torch.no_grad():
         # A stage without logits predicts nothing: its row is not a number of samples.
         hits = [None if t is None else t.argmax(dim=1).eq(target) for t in logits]
         missing = torch.full_like(target, float("nan"), dtype=torch.float64)
         correct = torch.stack([missing if t is None else t.double() for t in hits]).sum(dim=1)
-        return StepResult(torch.stack(losses).detach(), correct)
+        return StepResult(torch.stack(losses).detach(), correct, (target != -100).sum())
 
 
 def collapses(accuracies: Sequence[float], classes: int) -> bool:
