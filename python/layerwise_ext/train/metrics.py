@@ -44,8 +44,9 @@ class Metrics:
         """Over all replicas."""
         if replicas.size > 1:
             own = (self._loss, self._correct, self._labelled[None], self._loss.new_tensor([self.samples]))
-            sums = replicas.add_up(torch.cat(own)).split([len(t) for t in own])
-            self._loss, self._correct, self._labelled, self.samples = *sums[:2], sums[2][0], int(sums[3])
+            sizes = [len(t) for t in own]
+            loss, correct, labelled, samples = replicas.add_up(torch.cat(own)).split(sizes)
+            self._loss, self._correct, self._labelled, self.samples = loss, correct, labelled[0], int(samples)
 
     def loss(self) -> list[float]:
         """Mean per sample of each stage."""
