@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from layerwise_ext.nn import FunctionHead, LocalStage, ReconstructionHead
+from layerwise_ext._replicas import LinkError
+from layerwise_ext.nn import FunctionHead, LocalStage, ReconstructionHead, convert_sync_batchnorm
 from layerwise_ext.train import DecoupledTrainer, EarlyStopping, LocalTrainer, Record, ReplayBuffer, Trainer
-from layerwise_ext.train._links import _HEADER, End, Incoming, LinkError, Replayed, _Batch, _describe, _size, _views
+from layerwise_ext.train._links import _HEADER, End, Incoming, Replayed, _Batch, _describe, _size, _views
 from layerwise_ext.train.decoupled import _balanced
 from test_train import TOLERANCE, Noisy, adam, arrays, loader, network, same, sgd, snapshot, trainer_for
 from torch import nn
@@ -267,10 +268,10 @@ def test_a_worker_that_is_killed_at_the_start(index: int) -> None:
 
 
 def test_replicas_train_as_one_process_on_whole_batches() -> None:
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(network())
+    model = convert_sync_batchnorm(network())
     data = loader(40, batch_size=15)  # parts of 8 and 7 samples, then of 5
-    replicated = trainer_for(DecoupledTrainer, model, workers=2, replicas=2)
-    alone = trainer_for(LocalTrainer, network())
+    replicated = trainer_for(DecoupledTrainer, model, workers=2, replicas=2, accumulate=2)
+    alone = trainer_for(LocalTrainer, network(), accumulate=2)
     histories = [trainer.fit(data, 2, data) for trainer in (replicated, alone)]
     for stage, peer in zip(replicated.stages, alone.stages, strict=True):
         torch.testing.assert_close(stage.state_dict(), peer.state_dict(), **TOLERANCE)
@@ -451,11 +452,6 @@ def test_bad_arguments() -> None:
         (ValueError, "in_flight is 0", lambda: DecoupledTrainer(network(), workers=2, in_flight=0)),
         (ValueError, "threads is 0", lambda: DecoupledTrainer(network(), workers=2, threads=0)),
         (ValueError, "blocks is for a LocalTrainer", lambda: DecoupledTrainer(network(), workers=2, blocks=[1, 2])),
-        (
-            ValueError,
-            "accumulate is 2; allowed with replicas: 1",
-            lambda: DecoupledTrainer(network(), workers=2, replicas=2, accumulate=2),
-        ),
         (ValueError, "cuda_graph=True captures", lambda: DecoupledTrainer(network(), workers=2, cuda_graph=True)),
         (
             ValueError,

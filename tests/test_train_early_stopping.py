@@ -19,13 +19,13 @@ def scripted(kind: type[Trainer], script: dict[int, list[float]], **options: Any
     trainer = trainer_for(kind, model, **options)
     remaining = {stage: iter(values) for stage, values in script.items()}
 
-    def evaluate(_: Any) -> dict[str, Any]:
+    def evaluate(*_: Any) -> dict[str, Any]:
         stages = trainer._reported()
         active = {trainer._stages_of(group)[-1] for group in trainer._active_groups()}
         values = [next(remaining[stage]) if stage in active else math.inf for stage in stages]
         return {"stages": stages, "loss": values, "accuracy": values}
 
-    trainer.evaluate = evaluate  # type: ignore[method-assign, assignment]
+    trainer._evaluate = evaluate  # type: ignore[method-assign, assignment]
     seen: list[Any] = []
     # Before early stopping may put them back: when the epoch has been evaluated.
     stop_early = trainer._stop_early

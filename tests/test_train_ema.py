@@ -90,13 +90,13 @@ def test_early_stopping_goes_back_to_the_best_average(kind: type[Trainer]) -> No
     """Nothing is by 10 better than the first epoch."""
     trainer = trainer_for(kind, network(), ema_decay=DECAY, early_stopping=EarlyStopping(1, min_delta=10))
     averages = []
-    evaluate = trainer.evaluate
+    evaluate = trainer._evaluate
 
     def recorded(*args: Any) -> Any:
         averages.append([snapshot(stage) for stage in trainer.ema_stages])
         return evaluate(*args)
 
-    trainer.evaluate = recorded  # type: ignore[method-assign]
+    trainer._evaluate = recorded  # type: ignore[method-assign]
     trainer.fit(loader(), 5, loader())
     for index, (stage, average) in enumerate(zip(trainer.stages, trainer.ema_stages, strict=True)):
         best = 2 * index if kind is GreedyTrainer else 0

@@ -8,6 +8,8 @@ DistributedDataParallel combines.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +18,19 @@ from torch import Tensor
 
 from . import _ops
 from ._ops import operators
+
+
+class LinkError(RuntimeError):
+    """Another process is gone."""
+
+
+@contextmanager
+def neighbour(name: str) -> Iterator[None]:
+    """Errors of torch.distributed in here are those of a connection."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LinkError(f"the connection to {name} is lost: {error}") from error
 
 
 class Replicas:
@@ -28,9 +43,10 @@ class Replicas:
     def combine(self, mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Mean and biased variance per channel over all replicas, from those of this one's ``count`` elements."""
         own = torch.cat((mean, var, mean.new_tensor([count]))).double()
-        every = own.new_empty(self.group.size() * own.numel())
-        dist.all_gather_into_tensor(every, own, group=self.group)
-        means, variances, counts = every.view(-1, own.numel()).split((len(mean), len(var), 1), 1)
+        every = own.new_empty(self.group.size(), own.numel())
+        with neighbour("another replica"):
+            dist.all_gather(list(every.unbind()), own, group=self.group)
+        means, variances, counts = every.split((len(mean), len(var), 1), 1)
         self.count = counts.sum()
         shares = counts / self.count
         total = (shares * means).sum(0)
@@ -40,7 +56,8 @@ class Replicas:
     def add(self, sums: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Sums over all replicas, divided by the number of elements."""
         total = torch.stack(sums).double()
-        dist.all_reduce(total, group=self.group)
+        with neighbour("another replica"):
+            dist.all_reduce(total, group=self.group)
         return (total / self.count).to(sums[0].dtype).unbind()
 
     def update_running_statistics(

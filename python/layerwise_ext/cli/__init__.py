@@ -11,7 +11,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from layerwise_ext.cli import bench, demo, info, probe, study, train
+from layerwise_ext.cli import bench, demo, info, probe, processes, study, train
 from layerwise_ext.cli.common import FAILED, INTERRUPTED, OK, USAGE, UsageError
 from layerwise_ext.cli.options import DATA, HEADS, INITS, MODES
 
@@ -44,13 +44,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, 1 when a worker is lost, 2 for bad arguments or data, 130 when interrupted."""
+    """Returns the exit status: 0, 1 when a process is lost, 2 for bad arguments or data, 130 when interrupted."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command != "bench":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.rest = rest
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    level = logging.WARNING if processes.is_first() else logging.ERROR
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=level)
     try:
         status: int = arguments.run(arguments)
         return status

@@ -116,7 +116,7 @@ GROUPS = {
     },
     "optimisation": {
         "epochs": Option("in all; for greedy, per stage", 10, _positive_int, defines=False),
-        "batch_size": Option("images", 128, _positive_int),
+        "batch_size": Option("images, of all processes together", 128, _positive_int),
         "optimizer": Option("sgd: momentum 0.9", "adam", choices=("adam", "sgd")),
         "lr": Option("learning rate", 5e-4, _positive_float),
         "lr_milestones": Option("epochs behind which the learning rate is multiplied by LR_DECAY, such as 50,75,89"),
@@ -128,6 +128,7 @@ GROUPS = {
         "patience": Option(
             "end a stage after N epochs without a smaller loss on the held-out images, and go back to its best epoch; "
             "without --validation the test images choose", kind=_positive_int, metavar="N"),
+        "sync_batch_norm": Option("with torchrun: batch norm over the whole batch, not each process' part", True, bool),
         "seed": Option("of initial weights, order, augmentation and held-out images", 0, int),
     },
     "machine": {

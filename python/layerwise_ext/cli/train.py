@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from layerwise_ext.cli import config, experiment, run_folder, trainers
+from layerwise_ext.cli import config, experiment, processes, run_folder, trainers
 from layerwise_ext.cli.common import FAILED, INTERRUPTED, OK, UsageError, installed, set_threads
 from layerwise_ext.cli.options import MODES, OPTIONS, add_options, flag
 from layerwise_ext.cli.run_folder import Keeper, RunFolder
@@ -37,10 +37,11 @@ def add_parser(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import torch
 
-    from layerwise_ext import data, train
+    from layerwise_ext import data, nn, train
 
     arguments = config.complete(arguments)
     _check(arguments)
+    processes.check(arguments)
     folder = RunFolder(arguments.output or Path("runs") / run_folder.default_name(arguments))
     folder.check(arguments)
     set_threads(arguments.threads)
@@ -75,11 +76,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.head == "goodness":
         batches = train.LabelledPairs(loader, info.num_classes, seed=arguments.seed)
     table = train.CSVLogger(folder.metrics, val_name="test" if val_loader is None else "validation")
-    trainer = trainers.trainer_of(arguments, model)
+    group = processes.group_of(arguments)
+    if group is not None and arguments.sync_batch_norm:
+        nn.convert_sync_batchnorm(model)
+    trainer = trainers.trainer_of(arguments, model, group)
     texts = run_folder.metadata(arguments, network)
     keeper = Keeper(folder, trainer, val_loader or test_loader, table, texts)
-    status = _fit(arguments, keeper, trainers.pretrainer_of(arguments, model), loader, batches)
-    if status == OK:
+    status = _fit(arguments, keeper, trainers.pretrainer_of(arguments, model, group), loader, batches)
+    if status == OK and processes.is_first():
         _test(arguments, keeper, test_loader)
     return status
 
@@ -116,14 +120,16 @@ def _fit(
     batches: Batches,
 ) -> int:
     """Pretraining, then training, or what is left of them; ``batches`` are what the trainer makes of ``loader``."""
+    from layerwise_ext._replicas import LinkError
     from layerwise_ext.train import TensorBoardLogger
 
     folder, trainer = keeper.folder, keeper.trainer
     if arguments.resume and folder.checkpoint.is_file():
         pretrainer = _resume(keeper, pretrainer)
-    folder.begin(arguments)
-    if keeper.trainer.epoch > 0:
-        keeper.write()
+    if processes.is_first():
+        folder.begin(arguments)
+        if keeper.trainer.epoch > 0:
+            keeper.write()
     name = "test" if arguments.validation is None else "validation"
 
     def on_epoch_end(trainer: Trainer, record: dict[str, Any]) -> None:
@@ -140,10 +146,11 @@ def _fit(
         epoch = f"epoch {trainer.epoch}"
         if pretrainer is not None and trainer.epoch == 0:
             epoch = f"epoch {pretrainer.epoch} of pretraining"
-        print(f"\ninterrupted after {epoch}; go on with the same command and --resume", file=sys.stderr)
+        if processes.is_first():
+            print(f"\ninterrupted after {epoch}; go on with the same command and --resume", file=sys.stderr)
         return INTERRUPTED
     except RuntimeError as error:
-        if arguments.mode != "decoupled":
+        if arguments.mode != "decoupled" and not isinstance(error, LinkError):
             raise
         print(f"layerwise-ext: error: {error}", file=sys.stderr)  # of a worker, with its traceback if it has one
         return FAILED
@@ -161,12 +168,12 @@ def _resume(keeper: Keeper, pretrainer: AutoencoderPretrainer | None) -> Autoenc
         state = checkpoint.load(path)
         if pretrainer is not None and state["trainer"] == type(pretrainer).__name__:
             pretrainer.load_state_dict(state)
-            print(f"resumed after epoch {pretrainer.epoch} of pretraining, of {keeper.folder.path}")
+            _say(f"resumed after epoch {pretrainer.epoch} of pretraining, of {keeper.folder.path}")
             return pretrainer
         keeper.load(state)
     except Exception as error:  # torch.load has no error type of its own for a damaged file
         raise UsageError(f"--resume: {path} cannot be used ({error})") from error
-    print(f"resumed after epoch {keeper.trainer.epoch} of {keeper.folder.path}")
+    _say(f"resumed after epoch {keeper.trainer.epoch} of {keeper.folder.path}")
     return None
 
 
@@ -186,7 +193,8 @@ def _pretrain(
         print(f"pretraining, epoch {record['epoch']}: layer {layer}, loss {loss:.4f}, {seconds:.1f} s", flush=True)
 
     pretrainer.fit(loader, arguments.pretrain_epochs or trainers.PRETRAIN_EPOCHS, on_epoch_end)
-    table.write(pretrainer.history)  # of a run that was killed before it did
+    if processes.is_first():
+        table.write(pretrainer.history)  # of a run that was killed before it did
 
 
 def _test(arguments: argparse.Namespace, keeper: Keeper, loader: MemoryLoader) -> None:
@@ -210,6 +218,11 @@ def _test(arguments: argparse.Namespace, keeper: Keeper, loader: MemoryLoader) -
     chosen = f"{best['accuracy']:.4f} of the {best['accuracy_on']}"
     print(f"best epoch {best['epoch']}, chosen by {chosen}: test accuracy {best['test_accuracy']:.4f}")
     print(f"written to {folder.path}")
+
+
+def _say(text: str) -> None:
+    if processes.is_first():
+        print(text)
 
 
 def _tested(trainer: Trainer) -> StagedModel:

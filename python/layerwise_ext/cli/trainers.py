@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from layerwise_ext.cli.common import UsageError, device_of
+from layerwise_ext.cli.common import UsageError
 from layerwise_ext.cli.options import flag
+from layerwise_ext.cli.processes import own_device
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
+
     from layerwise_ext.models import StagedModel
     from layerwise_ext.train import AutoencoderPretrainer, Trainer
     from layerwise_ext.train.optimizers import OptimizerFactory, SchedulerFactory
@@ -19,8 +22,9 @@ NOISE, PRETRAIN_EPOCHS = 0.2, 10
 LR_DECAY = 0.25
 
 
-def trainer_of(arguments: argparse.Namespace, model: StagedModel) -> Trainer:
-    """
+def trainer_of(arguments: argparse.Namespace, model: StagedModel, group: dist.ProcessGroup | None) -> Trainer:
+    """Of this process, one of ``group``.
+
     Raises:
         UsageError: options that the trainer does not allow.
     """
@@ -40,6 +44,8 @@ def trainer_of(arguments: argparse.Namespace, model: StagedModel) -> Trainer:
         options["blocks"] = _numbers(arguments, "blocks", "numbers of stages such as 2,2,1")
     if arguments.mode == "decoupled":
         options.setdefault("workers", 2)
+    else:
+        options["process_group"] = group
     if arguments.patience is not None:
         options["early_stopping"] = train.EarlyStopping(arguments.patience)
     try:
@@ -47,7 +53,7 @@ def trainer_of(arguments: argparse.Namespace, model: StagedModel) -> Trainer:
             model,
             _optimizer(arguments),
             scheduler=_scheduler(arguments),
-            device=device_of(arguments.device),
+            device=own_device(arguments),
             autocast_dtype=torch.bfloat16 if arguments.dtype == "bfloat16" else None,
             seed=arguments.seed,
             cuda_graph=arguments.cuda_graph,
@@ -60,7 +66,9 @@ def trainer_of(arguments: argparse.Namespace, model: StagedModel) -> Trainer:
         raise UsageError(str(error)) from error
 
 
-def pretrainer_of(arguments: argparse.Namespace, model: StagedModel) -> AutoencoderPretrainer | None:
+def pretrainer_of(
+    arguments: argparse.Namespace, model: StagedModel, group: dist.ProcessGroup | None
+) -> AutoencoderPretrainer | None:
     """None without --pretrain.
 
     Raises:
@@ -75,8 +83,9 @@ def pretrainer_of(arguments: argparse.Namespace, model: StagedModel) -> Autoenco
             model,
             _optimizer(arguments),
             noise=NOISE if arguments.pretrain == "denoising" else 0.0,
-            device=device_of(arguments.device),
+            device=own_device(arguments),
             seed=arguments.seed,
+            process_group=group,
         )
     except ValueError as error:
         raise UsageError(f"--pretrain: {error}") from error

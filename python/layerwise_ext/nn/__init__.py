@@ -5,7 +5,7 @@ from __future__ import annotations
 from layerwise_ext.nn.auxiliary import ConvHead, MLPSRHead
 from layerwise_ext.nn.chain import FusedChain, Residual
 from layerwise_ext.nn.contrastive import ContrastiveHead
-from layerwise_ext.nn.conv import AcceleratedDownsample2d, ConvBNReLU2d, revert_sync_batchnorm
+from layerwise_ext.nn.conv import AcceleratedDownsample2d, ConvBNReLU2d
 from layerwise_ext.nn.goodness import GoodnessHead, label_goodness, write_labels
 from layerwise_ext.nn.heads import (
     ClassifierHead,
@@ -19,6 +19,7 @@ from layerwise_ext.nn.infopro import InfoProHead, ReconstructionHead, infopro_we
 from layerwise_ext.nn.moments import PooledMoments
 from layerwise_ext.nn.similarity import PredSimHead, SimilarityHead
 from layerwise_ext.nn.stage import LocalStage, StageOutput
+from layerwise_ext.nn.sync_batch_norm import convert_sync_batchnorm, revert_sync_batchnorm
 
 __all__ = [
     "AcceleratedDownsample2d",
@@ -42,6 +43,7 @@ __all__ = [
     "Residual",
     "SimilarityHead",
     "StageOutput",
+    "convert_sync_batchnorm",
     "infopro_weights",
     "label_goodness",
     "revert_sync_batchnorm",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from layerwise_ext import functional
+from layerwise_ext.nn.sync_batch_norm import BatchStatistics, copied_with_group, group_of
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 # The module that stands for each activation; negative_slope and upper_slope are added where it has them.
@@ -44,7 +45,7 @@ class ConvBNReLU2d(nn.Module):
     and ``1.*``, load as well. Batch norm follows
     :class:`torch.nn.BatchNorm2d` in everything: ``bn.training`` decides between batch and running statistics,
     ``momentum=None`` averages cumulatively, ``track_running_stats=False`` always uses the batch (Ioffe & Szegedy 2015,
-    arXiv 1502.03167). Once ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` made ``bn`` a SyncBatchNorm, the layer
+    arXiv 1502.03167). Once :func:`convert_sync_batchnorm` (or PyTorch's own) made ``bn`` a SyncBatchNorm, the layer
     normalises over all processes of its group, on the CPU, too; :func:`revert_sync_batchnorm` undoes it.
 
     The children's ``forward`` is never called: hooks registered on ``conv`` or ``bn`` do not run. Hooks on this layer
@@ -79,6 +80,7 @@ class ConvBNReLU2d(nn.Module):
     conv: nn.Conv2d
     bn: nn.BatchNorm2d | nn.SyncBatchNorm
     act: nn.PReLU | None  # a child only where it has a parameter
+    __deepcopy__ = copied_with_group
 
     def __init__(
         self,
@@ -251,6 +253,9 @@ class ConvBNReLU2d(nn.Module):
         """Whether the layer normalises over several processes in training."""
         return self.process_group is not None or isinstance(self.bn, nn.SyncBatchNorm)
 
+    def _group(self) -> dist.ProcessGroup | None:
+        return group_of(self.bn) if isinstance(self.bn, nn.SyncBatchNorm) else self.process_group
+
     def _arguments(self, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Tensors and options of the operator; counts the batch, as nn.BatchNorm2d.forward does."""
         border, tensors, options = self._settings()
@@ -267,27 +272,18 @@ class ConvBNReLU2d(nn.Module):
         conv, bn = self.conv, self.bn
         border, padding = _padding(conv)
 
-        training, momentum = bn.training, bn.momentum
-        running_mean, running_var = bn.running_mean, bn.running_var
-        if not training:
-            training = running_mean is None and running_var is None
-        elif not bn.track_running_stats:
-            running_mean = running_var = None
-        elif bn.num_batches_tracked is not None:
-            bn.num_batches_tracked.add_(1)
-            if momentum is None:
-                momentum = 1.0 / float(bn.num_batches_tracked)
+        statistics = BatchStatistics.of(bn)
         activation, negative_slope = self.activation, self.negative_slope
         if activation == "rrelu" and not self.training:
             activation, negative_slope = "leaky_relu", (negative_slope + self.upper_slope) / 2
-        tensors = (conv.weight, conv.bias, running_mean, running_var, bn.weight, bn.bias)
+        tensors = (conv.weight, conv.bias, statistics.mean, statistics.var, bn.weight, bn.bias)
         options = {
             "stride": conv.stride,
             "padding": padding,
             "dilation": conv.dilation,
             "groups": conv.groups,
-            "training": training,
-            "momentum": 0.0 if momentum is None else momentum,
+            "training": statistics.training,
+            "momentum": statistics.momentum,
             "eps": bn.eps,
             "activation": activation,
             "negative_slope": negative_slope,
@@ -295,7 +291,7 @@ class ConvBNReLU2d(nn.Module):
             "slope": self.act.weight if activation == "prelu" else None,  # type: ignore[union-attr]
             "downsample": self.downsample,
             "ceil_mode": self.ceil_mode,
-            "process_group": _group_of(bn) if isinstance(bn, nn.SyncBatchNorm) else self.process_group,
+            "process_group": self._group() if bn.training else None,
         }
         return border, tensors, options
 
@@ -363,32 +359,6 @@ class AcceleratedDownsample2d(nn.Module):
 
     def extra_repr(self) -> str:
         return f"mode={self.mode!r}, factor={self.factor}, ceil_mode={self.ceil_mode}"
-
-
-def _group_of(bn: nn.SyncBatchNorm) -> Any:
-    """The processes that it normalises over; None without any, as in a script that is not distributed."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return None
-    return dist.group.WORLD if bn.process_group is None else bn.process_group
-
-
-def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
-    """Turns each nn.SyncBatchNorm of a network back into an nn.BatchNorm2d with the same parameters and buffers.
-
-    The inverse of :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` for networks of 4-D maps.
-
-    Returns:
-        ``module``, changed in place; a new module if it is itself an nn.SyncBatchNorm.
-    """
-    if isinstance(module, nn.SyncBatchNorm):
-        plain = nn.BatchNorm2d(
-            module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats, device="meta"
-        )
-        plain._parameters, plain._buffers = module._parameters, module._buffers
-        return plain.train(module.training)
-    for name, child in module.named_children():
-        setattr(module, name, revert_sync_batchnorm(child))
-    return module
 
 
 class Border(NamedTuple):

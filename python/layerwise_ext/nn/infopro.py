@@ -192,7 +192,8 @@ class InfoProHead(LocalHead):
             return HeadOutput(logits, None)
         check_target(target, projected)
         if logits is not None:  # 0 where no sample has a label, as the contrastive loss is where none has a partner
-            task = torch.where((target != -100).any(), cross_entropy(logits, target, self.label_smoothing), 0.0)
+            loss = cross_entropy(logits, target, self.label_smoothing)
+            task = torch.where((target != -100).any(), loss, 0.0)
         else:
             task = functional.supervised_contrastive_loss(projected, target, temperature=self.temperature)
         recovered = self.reconstruction(moments, target).loss

@@ -7,7 +7,6 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from layerwise_ext._replicas import neighbour
 from layerwise_ext.train.replay import ReplayBuffer
 
 # Before each batch goes its header of so many int64: the number of tensors, and of each one the index of its dtype, the
@@ -32,10 +32,6 @@ _DTYPES = (
     torch.uint8,
     torch.bool,
 )
-
-
-class LinkError(RuntimeError):
-    """A neighbour is gone."""
 
 
 class End(NamedTuple):
@@ -209,15 +205,6 @@ class Replayed(Incoming):
 def _wait(request: dist.Work | None) -> None:
     assert request is not None  # as it is outside of the group
     request.wait()
-
-
-@contextmanager
-def neighbour(name: str) -> Iterator[None]:
-    """Errors of torch.distributed in here are those of a connection."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise LinkError(f"the connection to {name} is lost: {error}") from error
 
 
 def _describe(tensors: tuple[Tensor, ...]) -> list[int]:

@@ -24,8 +24,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from layerwise_ext._replicas import LinkError
 from layerwise_ext.nn import LocalStage
-from layerwise_ext.train._links import End, Incoming, LinkError, Outgoing, Replayed, neighbour
+from layerwise_ext.train._links import End, Incoming, Outgoing, Replayed
 from layerwise_ext.train.evaluation import Batches
 from layerwise_ext.train.local import LocalTrainer
 from layerwise_ext.train.metrics import Record, StepResult
@@ -119,19 +120,23 @@ class Part(LocalTrainer):
         self._outgoing = Outgoing(end(behind)) if behind < layout.processes else None
         self._sends_images = self._outgoing is not None and job.images[layout.stages(behind).start]
         self._length = job.steps
-        self._replica, self._replicas = rank % layout.replicas, layout.replicas
-        self._group = replicas[layout.worker(rank)]
         self._groups = [*replicas, *links.values()]
         self._images: deque[Tensor] = deque()  # of the batches that are on the device
         self._stopped: list[bool] = []
-        self._samples = 0
 
         optimizers = iter(job.optimizers)
-        super().__init__(job.stages, lambda _: next(optimizers), device=job.device, **job.options)
+        group = replicas[layout.worker(rank)]
+        super().__init__(
+            job.stages,
+            lambda _: next(optimizers),
+            device=job.device,
+            process_group=group if layout.replicas > 1 else None,
+            **job.options,
+        )
         norms = [m for stage in self.stages for m in stage.modules() if isinstance(m, nn.SyncBatchNorm)]
         self._groups_before = [(norm, norm.process_group) for norm in norms]
         for norm in norms:
-            norm.process_group = self._group
+            norm.process_group = group
         if rank > 0:
             torch.manual_seed(job.seed + rank)  # of dropout and the like; the first process has the trainer's own state
 
@@ -151,25 +156,13 @@ class Part(LocalTrainer):
             dist.destroy_process_group(group)
 
     def _train_epoch(self, loader: Batches) -> Record:
-        self._samples = 0
         record = super()._train_epoch(loader)
         if self._outgoing is not None:
             self._outgoing.finish()
-        return {**record, "samples": self._samples, "classes": self._classes}
+        return {**record, "classes": self._classes}
 
     def _epoch_batches(self, loader: Batches) -> tuple[Batches, int | None]:
-        if self.incoming is None and self._replicas > 1:
-            loader = self._share(loader)
-        return loader, self._length
-
-    def _share(self, loader: Batches) -> Iterator[tuple[Tensor, Tensor]]:
-        """This replica's part of each batch."""
-        for images, target in loader:
-            if len(target) < self._replicas:
-                raise ValueError(
-                    f"a batch has {len(target)} samples, which cannot be divided among {self._replicas} replicas"
-                )
-            yield tuple(t.tensor_split(self._replicas)[self._replica] for t in (images, target))  # type: ignore[misc]
+        return self._replicas.share(loader) if self.incoming is None else loader, self._length
 
     def _on_device(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
         if self.incoming is None:
@@ -182,31 +175,10 @@ class Part(LocalTrainer):
 
     def _step(self, x: Tensor, target: Tensor, weight: float = 1.0, update: bool = True) -> StepResult:
         image = self._images.popleft() if self._images else x
-        self._samples += len(target)
-        if self._replicas > 1:
-            total = torch.tensor(len(target))
-            with neighbour("another replica"):
-                dist.all_reduce(total, group=self._group)
-            weight = len(target) * self._replicas / total.item()
         features, result = self._pass(x, target, image, weight, update)
         if self._outgoing is not None:
             self._outgoing.send(features, target, *([image] if self._sends_images else []))
         return result
-
-    def _update(self, group: int) -> None:
-        if self._replicas > 1:
-            self._combine_gradients(self.optimizers[group])
-        super()._update(group)
-
-    def _combine_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        """From those of the weighted losses of each replica to those of the mean over the samples of all."""
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        flat = torch.cat([g.reshape(-1) for g in gradients])
-        with neighbour("another replica"):
-            dist.all_reduce(flat, group=self._group)
-        means = flat.div_(self._replicas).split([g.numel() for g in gradients])
-        for gradient, mean in zip(gradients, means, strict=True):
-            gradient.copy_(mean.view(gradient.shape))
 
     def _log(self, record: Record) -> None:
         """The trainer does, in its own process."""

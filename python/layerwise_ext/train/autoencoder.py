@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -22,6 +23,7 @@ from layerwise_ext.train import random_state
 from layerwise_ext.train.common import length
 from layerwise_ext.train.feature_cache import FeatureCache
 from layerwise_ext.train.optimizers import OptimizerFactory, adam
+from layerwise_ext.train.replicas import ReplicaGroup
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +57,11 @@ class AutoencoderPretrainer:
         cache: False encodes the data set anew in each epoch (fresh augmentation, no memory).
         cache_limit_bytes: where the codes would take more than this, or the loader has no length to tell, they are
             computed in each epoch, with a warning in the log.
+        process_group: processes that train together, each on its part of every batch, as in :class:`Trainer`; each
+            keeps the codes of its part. None: this process alone.
 
     Raises:
-        TypeError: a layer that is not a module.
+        TypeError: a layer that is not a module; ``process_group`` is no process group.
         ValueError: no layers; a layer with none or several convolutions and linear layers, or one that the decoder
             cannot undo; lazy modules that have not run; ``noise`` outside [0, 1); (when run) a code that the decoder
             cannot undo, such as a flattened map, or one whose decoder gives another shape than the input.
@@ -83,6 +87,7 @@ class AutoencoderPretrainer:
         channels_last: bool = True,
         cache: bool = True,
         cache_limit_bytes: int = 2 << 30,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.layers = list(layers)
         if not self.layers:
@@ -92,7 +97,8 @@ class AutoencoderPretrainer:
         weighted = [_weighted(index, layer) for index, layer in enumerate(self.layers)]
         self.noise = noise
         self.device = weighted[0].parameters()[0].device if device is None else torch.device(device)
-        self.progress = progress
+        self._replicas = ReplicaGroup(process_group)
+        self.progress = progress and self._replicas.rank == 0
         self.channels_last = channels_last
         self.cache = cache
         self.cache_limit_bytes = cache_limit_bytes
@@ -118,14 +124,18 @@ class AutoencoderPretrainer:
         # Generators as they were when the current layer's inputs were computed: a resumed run computes them again.
         self._cache_random_state: dict[str, Any] | None = None
 
-    def step(self, x: Tensor) -> Tensor:
-        """One step of the current layer on its inputs, ``[N, C, H, W]`` or ``[N, D]``; the loss, not read back."""
+    def step(self, x: Tensor, *, weight: float = 1.0) -> Tensor:
+        """One step of the current layer on its inputs, ``[N, C, H, W]`` or ``[N, D]``; the loss, not read back.
+
+        With ``process_group`` all processes take the step on their parts, each with a ``weight`` of its loss.
+        """
         optimizer = self.optimizers[self.layer]
         noisy = F.dropout(x, self.noise) * (1 - self.noise) if self.noise else x
         y = self.decoders[self.layer](_encode(self.layers[self.layer], noisy), x.shape)
         loss = F.mse_loss(y, x)
         optimizer.zero_grad(set_to_none=True)  # of whatever was done with the layer before
-        loss.backward()
+        (loss if weight == 1.0 else loss * weight).backward()
+        self._replicas.average(p for group in optimizer.param_groups for p in group["params"])()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
@@ -142,17 +152,20 @@ class AutoencoderPretrainer:
             loader: any iterable of batches, images or pairs ``(images, target)``, whose targets are not looked at.
             epochs: of each layer.
             on_epoch_end: called as ``on_epoch_end(trainer, record)`` with everything up to date, so that a checkpoint
-                of :meth:`state_dict` written there continues with the next epoch.
+                of :meth:`state_dict` written there continues with the next epoch; in the first process only.
 
         Returns:
             ``history``.
 
         Raises:
-            ValueError: ``epochs`` below 1.
-            RuntimeError: the loader gave no batches.
+            ValueError: ``epochs`` below 1; (``process_group``) as :meth:`Trainer.fit`.
+            RuntimeError: the loader gave no batches; (``process_group``) as :meth:`Trainer.fit`.
         """
         if epochs < 1:
             raise ValueError(f"epochs is {epochs}; allowed: 1 or more, of each layer")
+        self._replicas.check_same("epoch", self.epoch)
+        modules = [*self._encoders, *self.decoders]
+        self._replicas.broadcast(t for m in modules for t in (*m.parameters(), *m.buffers()))
         self._loader = loader
         if self._saved_random_state is not None:
             random_state.restore(self._saved_random_state, loader, self.device)
@@ -166,7 +179,7 @@ class AutoencoderPretrainer:
             self.layer_epoch += 1
             self.history.append(record)
             logger.info("epoch %d: layer %d, train_loss %.4g", record["epoch"], self.layer, record["train_loss"][0])
-            if on_epoch_end is not None:
+            if on_epoch_end is not None and self._replicas.rank == 0:
                 on_epoch_end(self, record)
         return self.history
 
@@ -174,16 +187,20 @@ class AutoencoderPretrainer:
         start = time.perf_counter()
         for index, encoder in enumerate(self._encoders[: self.layer + 1]):
             encoder.train(index == self.layer)
+        self._replicas.share_random_state(loader, self.generator, self.device, self.epoch)
         batches, total = self._epoch_batches(loader)
         sum_of_losses, samples = torch.zeros((), dtype=torch.float64, device=self.device), 0
         with tqdm(total=total, desc=f"layer {self.layer}", unit="batch", leave=False, disable=not self.progress) as bar:
-            for x, _ in batches:
-                sum_of_losses.add_(self.step(x), alpha=len(x))
+            for [((x, _), weight)] in self._replicas.updates(batches):
+                with self._replicas.own_randomness(self.device):
+                    sum_of_losses.add_(self.step(x, weight=weight), alpha=len(x))
                 samples += len(x)
                 bar.update()
         if samples == 0:
             raise RuntimeError("loader gave no batches; note that an iterator is used up after one epoch")
-        loss = float(sum_of_losses) / samples
+        self._replicas.broadcast(self._encoders[self.layer].buffers())
+        sums = self._replicas.add_up(torch.stack((sum_of_losses, torch.full_like(sum_of_losses, samples))))
+        loss = float(sums[0] / sums[1])
         if not math.isfinite(loss):
             logger.warning("epoch %d: the loss of layer %d is %s", self.epoch + 1, self.layer, loss)
         return {
@@ -213,10 +230,10 @@ class AutoencoderPretrainer:
             self._fill_cache(loader)
         if self._codes is None:
             return self._inputs(loader), length(loader)
-        return self._codes.batches(self.generator), len(self._codes)
+        return self._codes.batches(self._replicas.own_generator(self.generator)), len(self._codes)
 
     def _inputs(self, loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in loader:
+        for batch in self._replicas.share(loader):
             x = batch[0] if isinstance(batch, (tuple, list)) else batch
             if not isinstance(x, Tensor):
                 raise TypeError(f"the loader gave a {type(x).__name__}; images, or pairs (images, target), are needed")
@@ -235,7 +252,9 @@ class AutoencoderPretrainer:
         if replay is not None:
             random_state.restore(replay, loader, self.device)
         self._codes = FeatureCache.fill(self._inputs(loader), length(loader), self.cache_limit_bytes)
-        self._fits = self._codes is not None
+        self._fits = self._replicas.all(self._codes is not None)
+        if not self._fits:
+            self._codes = None
         if replay is not None or not self._fits:
             random_state.restore(now, loader, self.device)
         if self._fits and replay is None:
@@ -254,6 +273,7 @@ class AutoencoderPretrainer:
             state = random_state.capture(self._loader, self.device)
         return {
             "trainer": type(self).__name__,
+            "processes": self._replicas.size,
             "epoch": self.epoch,
             "layer": self.layer,
             "layer_epoch": self.layer_epoch,
@@ -267,7 +287,8 @@ class AutoencoderPretrainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict` into a trainer made with the same arguments.
+        """Restore :meth:`state_dict` into a trainer made with the same arguments; see :meth:`Trainer.load_state_dict`
+        for another number of processes.
 
         Raises:
             ValueError: the state is of another trainer, or of another number of layers.
@@ -276,6 +297,7 @@ class AutoencoderPretrainer:
             raise ValueError(f"the state is of a {state['trainer']}; this is a {type(self).__name__}")
         if len(state["encoders"]) != len(self.layers):
             raise ValueError(f"the state has {len(state['encoders'])} layers; this trainer has {len(self.layers)}")
+        self._replicas.compare(state.get("processes", 1))
         for modules, saved in ((self._encoders, state["encoders"]), (self.decoders, state["decoders"])):
             for module, module_state in zip(modules, saved, strict=True):
                 module.load_state_dict(module_state)

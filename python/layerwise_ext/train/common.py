@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import time
@@ -12,6 +11,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
@@ -26,6 +26,7 @@ from layerwise_ext.train.ema import AveragedStage
 from layerwise_ext.train.evaluation import Batches, Evaluator
 from layerwise_ext.train.metrics import Metrics, Record, StepResult, collapses, step_result, summary
 from layerwise_ext.train.optimizers import OptimizerFactory, SchedulerFactory
+from layerwise_ext.train.replicas import ReplicaGroup
 from layerwise_ext.train.resumable import Resumable
 
 logger = logging.getLogger(__name__)
@@ -71,11 +72,17 @@ class Trainer(Resumable, Evaluator):
             Takes the memory of another network.
         early_stopping: when to stop before the last epoch, each optimiser's stages for themselves. Needs a
             ``val_loader``.
+        process_group: processes that train together, each on its part of every batch, with the mean of their gradients:
+            all make the same trainer and call :meth:`fit`, which begins with the first one's parameters and buffers.
+            Results are those of one process for losses that are means over samples, where batch norm is over all of
+            them (:func:`~layerwise_ext.nn.convert_sync_batchnorm`); otherwise the first one's running statistics are
+            kept. None: this process alone.
 
     Raises:
+        TypeError: ``process_group`` is no process group.
         ValueError: an argument out of range; a sequence of another length than there are optimisers; (``cuda_graph``)
-            stages that are not on a CUDA device, a batch norm with ``momentum=None``, ``accumulate`` above 1, float16;
-            float16 on another device.
+            stages that are not on a CUDA device, a batch norm with ``momentum=None``, ``accumulate`` above 1, float16,
+            several processes; float16 on another device.
 
     Attributes:
         epoch: number of finished epochs, over all stages.
@@ -98,6 +105,7 @@ class Trainer(Resumable, Evaluator):
         clip_norm: float | None = None,
         ema_decay: float | None = None,
         early_stopping: EarlyStopping | None = None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.stages = list(stages)
         self._check_stages()
@@ -109,6 +117,9 @@ class Trainer(Resumable, Evaluator):
             raise ValueError(f"ema_decay is {ema_decay}; allowed: above 0 and below 1, None")
         if cuda_graph and accumulate > 1:
             raise ValueError(f"cuda_graph=True needs accumulate=1, got {accumulate}: a graph is a whole update")
+        self._replicas = ReplicaGroup(process_group)
+        if cuda_graph and self._replicas.size > 1:
+            raise ValueError(f"cuda_graph=True captures one process; process_group has {self._replicas.size}")
         if device is None:
             device = next(p.device for stage in self.stages for p in stage.parameters())
         self.device = torch.device(device)
@@ -118,7 +129,7 @@ class Trainer(Resumable, Evaluator):
             _graphs.check_capturable(self.stages)
         self.autocast_dtype = autocast_dtype
         self._scaler = precision.grad_scaler(autocast_dtype, self.device)
-        self.progress = progress
+        self.progress = progress and self._replicas.rank == 0
         self.channels_last = channels_last
         self.accumulate = accumulate
         self.clip_norm = clip_norm
@@ -130,6 +141,9 @@ class Trainer(Resumable, Evaluator):
         self.generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
         groups = [[p for p in group if p.requires_grad] for group in self._parameter_groups()]
         self.optimizers = optimizers.make("optimizer", optimizer, groups)
+        self._pending: tuple[int, Callable[[], None]] | None = None  # an optimiser that waits for other replicas
+        parameters = [p for group in groups for p in group]
+        self._may_wait = self._replicas.size > 1 and len(set(parameters)) == len(parameters)
         self._captured = _graphs.CapturedFunction(self._step, self._settings) if cuda_graph else None
         self._reset_capture()
         self.schedulers = [] if scheduler is None else optimizers.make("scheduler", scheduler, self.optimizers)
@@ -147,7 +161,8 @@ class Trainer(Resumable, Evaluator):
         """One training step on a batch that is already on the device; waits for the device with float16 only.
 
         Args:
-            x: a batch of images ``[N, C, H, W]`` (for :class:`GreedyTrainer`, of the current stage's inputs).
+            x: a batch of images ``[N, C, H, W]`` (for :class:`GreedyTrainer`, of the current stage's inputs); with
+                ``process_group``, whose processes all take the step, this one's part of it.
             target: ``[N]`` int64.
             weight: of the losses, where the gradients of several batches are added up.
             update: False leaves parameters as they are and adds the gradients to those of the next call.
@@ -161,6 +176,7 @@ class Trainer(Resumable, Evaluator):
             result = self._step(x, target, weight, update)
         else:
             result = StepResult(*(t.clone() for t in self._captured(x, target)))  # the graph overwrites its own
+        self._finish_update()
         if update:
             self._scaler.update()
             self._update_averages()
@@ -184,7 +200,19 @@ class Trainer(Resumable, Evaluator):
         self._scaler.scale(loss if weight == 1.0 else loss * weight).backward()
 
     def _update(self, group: int) -> None:
-        """The step of one optimiser."""
+        """The step of one optimiser; with replicas, once their gradients are there: the next stage need not wait."""
+        self._finish_update()
+        parameters = [p for g in self.optimizers[group].param_groups for p in g["params"]]
+        self._pending = group, self._replicas.average(parameters)
+        if not self._may_wait:
+            self._finish_update()
+
+    def _finish_update(self) -> None:
+        if self._pending is None:
+            return
+        group, wait = self._pending
+        self._pending = None
+        wait()
         optimizer = self.optimizers[group]
         if self.clip_norm is not None:
             self._scaler.unscale_(optimizer)
@@ -243,7 +271,7 @@ class Trainer(Resumable, Evaluator):
 
     def _epoch_batches(self, loader: Batches) -> tuple[Batches, int | None]:
         """What the current epoch trains on, and the number of batches if it is known."""
-        return loader, length(loader)
+        return self._replicas.share(loader), length(loader)
 
     def _count_epoch(self) -> None:
         self.epoch += 1
@@ -268,21 +296,25 @@ class Trainer(Resumable, Evaluator):
         """Train until ``epochs`` epochs are done in all, those before :meth:`load_state_dict` included.
 
         Args:
-            loader: any iterable of ``(images, target)`` batches, iterated once per epoch.
+            loader: any iterable of ``(images, target)`` batches, iterated once per epoch. With ``process_group`` every
+                process reads all of it and takes its part of each batch; the generators of torch and of the loader are
+                those of the first process.
             epochs: the total; :class:`GreedyTrainer` counts it for each stage.
             val_loader: evaluated after each epoch; early stopping looks at it.
             on_epoch_end: called as ``on_epoch_end(trainer, record)`` with everything up to date, so that a checkpoint
                 of :meth:`state_dict` written there continues with the next epoch; behind ``callbacks``.
-            callbacks: called in this order at the start, behind each epoch, and at the end in the reverse order.
+            callbacks: called in this order at the start, behind each epoch, and at the end in the reverse order; they
+                and ``on_epoch_end`` in the first process only.
 
         Returns:
             ``history``.
 
         Raises:
             ValueError: ``epochs`` below 1; early stopping without a ``val_loader``, or on the accuracy of a head
-                without a classifier.
+                without a classifier; (``process_group``) a batch with fewer samples than processes, or processes that
+                are not at the same epoch.
             TypeError: something else than a :class:`Callback` among ``callbacks``.
-            RuntimeError: the loader gave no batches.
+            RuntimeError: the loader gave no batches; another process has ended, or its loader gave another number.
         """
         if epochs < 1:
             raise ValueError(f"epochs is {epochs}; allowed: 1 or more, the total number")
@@ -293,6 +325,11 @@ class Trainer(Resumable, Evaluator):
                 raise TypeError(f"callbacks[{index}] is {type(callback).__name__}; a train.Callback is needed")
         if on_epoch_end is not None:
             callbacks = [*callbacks, FunctionCallback(on_epoch_end)]
+        if self._replicas.rank > 0:
+            callbacks = ()
+        self._replicas.check_same("epoch", self.epoch)
+        modules = [*self.stages, *self._averages]
+        self._replicas.broadcast(t for m in modules for t in (*m.parameters(), *m.buffers()))
         self._loader = loader
         if self._saved_random_state is not None:
             random_state.restore(self._saved_random_state, loader, self.device)
@@ -308,7 +345,7 @@ class Trainer(Resumable, Evaluator):
     def _fit_epoch(self, loader: Batches, val_loader: Batches | None, callbacks: Sequence[Callback]) -> None:
         record = self._train_epoch(loader)
         if val_loader is not None:
-            scores = self.evaluate(val_loader)
+            scores = self._evaluate(val_loader, self._replicas)
             record["val_loss"], record["val_accuracy"] = scores["loss"], scores["accuracy"]
             if self.early_stopping is not None:
                 self._stop_early(dict(zip(scores["stages"], record[self.early_stopping.metric], strict=True)))
@@ -316,7 +353,8 @@ class Trainer(Resumable, Evaluator):
             self.schedulers[group].step()
         self._count_epoch()
         self.history.append(record)
-        self._log(record)
+        if self._replicas.rank == 0:
+            self._log(record)
         for callback in callbacks:
             callback.on_epoch_end(self, record)
 
@@ -366,8 +404,10 @@ class Trainer(Resumable, Evaluator):
     def _train_epoch(self, loader: Batches) -> Record:
         start = last_shown = time.perf_counter()
         self._set_training()
+        self._pending = None
         for optimizer in self.optimizers:  # those of an interrupted epoch
             optimizer.zero_grad(set_to_none=True)
+        self._replicas.share_random_state(loader, self.generator, self.device, self.epoch)
         batches, total = self._epoch_batches(loader)
         metrics = Metrics(len(self._trained()), self.device)
         with tqdm(
@@ -382,6 +422,8 @@ class Trainer(Resumable, Evaluator):
                     bar.set_postfix(loss=f"{metrics.loss()[-1]:.4f}", accuracy=f"{metrics.accuracy()[-1]:.4f}")
         if metrics.samples == 0:
             raise RuntimeError("loader gave no batches; note that an iterator is used up after one epoch")
+        metrics.add_up(self._replicas)
+        self._replicas.broadcast(t for m in (*self.stages, *self._averages) for t in m.buffers())
         return {
             "epoch": self.epoch + 1,
             "stages": self._trained(),
@@ -392,12 +434,11 @@ class Trainer(Resumable, Evaluator):
 
     def _steps(self, batches: Batches) -> Iterator[tuple[StepResult, int]]:
         """Trains on all batches; what comes of each, and its number of samples."""
-        iterator = self._on_device(batches)
-        while group := list(itertools.islice(iterator, self.accumulate)):
-            samples = [len(target) for _, target in group]
-            for i, (images, target) in enumerate(group):
-                is_last = i == len(group) - 1
-                yield self.step(images, target, weight=samples[i] / sum(samples), update=is_last), samples[i]
+        for group in self._replicas.updates(self._on_device(batches), self.accumulate):
+            for i, ((images, target), weight) in enumerate(group):
+                with self._replicas.own_randomness(self.device):
+                    result = self.step(images, target, weight=weight, update=i == len(group) - 1)
+                yield result, len(target)
 
 
 def length(loader: Batches) -> int | None:

@@ -48,7 +48,7 @@ class DecoupledTrainer(LocalTrainer):
             at before the training; where these cannot be counted, into numbers that are as even as possible.
         partition: instead of ``workers`` the number of stages of each group.
         replicas: processes per group that share each batch, with the gradients of all its samples. For batch norm
-            over all of them convert it by ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``; else each replica
+            over all of them convert it by :func:`~layerwise_ext.nn.convert_sync_batchnorm`; else each replica
             normalises its part, and the first one's running statistics are kept.
         asynchronous: train from replay buffers, as many steps in each worker as the loader has batches.
         buffer: batches that a replay buffer keeps.
@@ -59,9 +59,8 @@ class DecoupledTrainer(LocalTrainer):
         **options: see :class:`Trainer`. The progress bar is that of the last worker.
 
     Raises:
-        TypeError, ValueError: arguments that are not allowed; ``cuda_graph``, float16, ``accumulate`` with replicas;
-            blocks of a :class:`LocalTrainer`; (with ``workers``, in :meth:`fit`) parameters that stages of two workers
-            share.
+        TypeError, ValueError: arguments that are not allowed; ``cuda_graph``, float16, ``process_group``; blocks of a
+            :class:`LocalTrainer`; (with ``workers``, in :meth:`fit`) parameters that stages of two workers share.
 
     Attributes:
         layout: which stages are where; with ``workers`` of no meaning before the first :meth:`fit`.
@@ -87,10 +86,10 @@ class DecoupledTrainer(LocalTrainer):
         for name in ("blocks", "deep_supervision", "detach"):
             if name in options:
                 raise ValueError(f"{name} is for a LocalTrainer; here each stage is trained by itself")
+        if "process_group" in options:
+            raise ValueError("process_group is for the other trainers; replicas are processes that share each batch")
         if options.get("autocast_dtype") is torch.float16:
             raise ValueError("autocast_dtype is torch.float16, which needs one scaler for all stages; use bfloat16")
-        if replicas > 1 and options.get("accumulate", 1) > 1:
-            raise ValueError(f"accumulate is {options['accumulate']}; allowed with replicas: 1, larger batches instead")
         if options.get("cuda_graph"):
             raise ValueError(
                 "cuda_graph=True captures the steps of one process; use a LocalTrainer, or stages with cuda_graph=True"
@@ -155,13 +154,13 @@ class DecoupledTrainer(LocalTrainer):
             self._processes = self._start(loader)
         states = self._processes.epoch([self._state_of(rank, now) for rank in range(self.layout.processes)])
         self._take(states, loader)
-        records = [state["history"][-1] for state in states]
-        self._classes = [classes for record in records[:: self.layout.replicas] for classes in record["classes"]]
+        records = [state["history"][-1] for state in states[:: self.layout.replicas]]  # those of replicas are alike
+        self._classes = [classes for record in records for classes in record["classes"]]
         return {
             "epoch": self.epoch + 1,
             "stages": self._reported(),
-            "train_loss": self._over_replicas("train_loss", records),
-            "train_accuracy": self._over_replicas("train_accuracy", records),
+            "train_loss": [value for record in records for value in record["train_loss"]],
+            "train_accuracy": [value for record in records for value in record["train_accuracy"]],
             "seconds": time.perf_counter() - start,
         }
 
@@ -242,6 +241,7 @@ class DecoupledTrainer(LocalTrainer):
         stages = self.layout.stages(rank)
         return {
             "trainer": Part.__name__,
+            "processes": self.layout.replicas,
             "epoch": self.epoch,
             "history": [],
             "stages": [stage.state_dict() for stage in self.stages[stages]],
@@ -270,19 +270,6 @@ class DecoupledTrainer(LocalTrainer):
         self._random_states = [
             None if layout.worker(rank) == 0 else state["random_state"] for rank, state in enumerate(states)
         ]
-
-    def _over_replicas(self, name: str, records: list[Record]) -> list[float]:
-        """Of each stage, the mean over the samples of all replicas."""
-        values: list[float] = []
-        for first in range(0, len(records), self.layout.replicas):
-            replicas = records[first : first + self.layout.replicas]
-            if len(replicas) == 1:
-                values += replicas[0][name]
-                continue
-            samples = sum(record["samples"] for record in replicas)
-            weighted = ([value * record["samples"] for value in record[name]] for record in replicas)
-            values += [sum(shares) / samples for shares in zip(*weighted, strict=True)]
-        return values
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -14,6 +14,7 @@ from torch import Tensor
 from layerwise_ext.nn import GoodnessHead, HeadOutput, LocalStage, label_goodness
 from layerwise_ext.nn.goodness import label_classes
 from layerwise_ext.train.metrics import Metrics, step_result
+from layerwise_ext.train.replicas import ReplicaGroup
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -38,6 +39,8 @@ class Evaluator(ABC):
     def evaluate(self, loader: Batches, *, ensemble: bool = False) -> dict[str, Any]:
         """Loss and accuracy in eval mode, without touching parameters or statistics.
 
+        Each process that calls it evaluates all of ``loader``, also where several train together.
+
         Args:
             loader: batches ``(images, target)``.
             ensemble: whether to report the accuracy of all heads together, too: see :meth:`predict`.
@@ -47,16 +50,22 @@ class Evaluator(ABC):
             the mean over samples, of the accuracy over those whose target is not -100; it is NaN where the head has no
             classifier), ``final`` (accuracy of the last of them), ``samples`` and, when asked for, ``ensemble``.
         """
+        return self._evaluate(loader, ReplicaGroup(None), ensemble)
+
+    def _evaluate(self, loader: Batches, replicas: ReplicaGroup, ensemble: bool = False) -> dict[str, Any]:
+        """Each of the replicas evaluates its part of the batches."""
         reported = self._reported()
         metrics, together = Metrics(len(reported), self.device), Metrics(1, self.device)
         with self._eval_mode(), torch.inference_mode():
-            for images, target in self._on_device(loader):
+            for images, target in self._on_device(replicas.share(loader, may_be_empty=True)):
                 outputs = self._outputs(images, reported, target)
                 logits = [output.logits for output in outputs]
                 losses = [cast(Tensor, output.loss) for output in outputs]
                 metrics.update(step_result(losses, logits, target), len(target))
                 if ensemble:
                     together.update(step_result(losses[-1:], [_ensemble(reported, logits)], target), len(target))
+        for sums in (metrics, together):
+            sums.add_up(replicas)
         if metrics.samples == 0:
             raise RuntimeError("loader gave no batches; there is nothing to evaluate")
         accuracy = metrics.accuracy()

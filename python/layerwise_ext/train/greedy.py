@@ -29,7 +29,8 @@ class GreedyTrainer(Trainer):
     a new order, drawn from the trainer's generator, in batches of the loader's size. So for all stages but the first,
     which reads the loader in each epoch, random augmentation is drawn once per stage, and a sampler that chooses which
     images meet in a batch (:class:`~layerwise_ext.data.ClassBatchSampler`) has no part in it. Where early stopping ends
-    a stage, the next one begins. With ``ema_decay`` the next stage gets what the averaged weights give.
+    a stage, the next one begins. With ``ema_decay`` the next stage gets what the averaged weights give. With
+    ``process_group`` each process keeps the outputs of its part of the batches, and an order of its own.
 
     Args:
         stages, optimizer, ...: see :class:`Trainer`.
@@ -142,10 +143,10 @@ class GreedyTrainer(Trainer):
             self._fill_cache(loader)
         if self._features is None:
             return self._frozen_outputs(loader), length(loader)
-        return self._features.batches(self.generator), len(self._features)
+        return self._features.batches(self._replicas.own_generator(self.generator)), len(self._features)
 
     def _frozen_outputs(self, loader: Batches) -> Iterator[tuple[Tensor, Tensor]]:
-        for x, target in self._on_device(loader):
+        for x, target in self._on_device(self._replicas.share(loader)):
             with torch.no_grad(), self._autocast():
                 for stage in self.stages[: self.stage]:
                     x = stage.features(x)
@@ -161,21 +162,27 @@ class GreedyTrainer(Trainer):
             key = self._cache_key(now if replay is None else replay, loader)
         if replay is not None:
             self._features = None if path is None else self._features_of_before(path, key)
-            if self._features is not None:
+            if self._replicas.all(self._features is not None):
                 return
             random_state.restore(replay, loader, self.device)
         self._features = FeatureCache.fill(
             self._frozen_outputs(loader), length(loader), self.cache_limit_bytes, path, key
         )
-        self._fits = self._features is not None
+        self._fits = self._replicas.all(self._features is not None)
+        if not self._fits and self._features is not None:
+            self._features.remove()
+            self._features = None
         if replay is not None or not self._fits:
             random_state.restore(now, loader, self.device)
         if self._fits and replay is None:
             self._cache_random_state = now
 
     def _cache_path(self) -> Path | None:
-        """Of the current stage's inputs."""
-        return None if self.cache_dir is None else self.cache_dir / f"stage{self.stage}.features"
+        """Of the current stage's inputs, those of this process."""
+        if self.cache_dir is None:
+            return None
+        part = "" if self._replicas.size == 1 else f".{self._replicas.rank}of{self._replicas.size}"
+        return self.cache_dir / f"stage{self.stage}{part}.features"
 
     def _features_of_before(self, path: Path, key: str) -> FeatureCache | None:
         try:

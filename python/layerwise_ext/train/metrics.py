@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from layerwise_ext.train.replicas import ReplicaGroup
+
 # One epoch: "epoch" (from 1), "stages" (indices that the lists below are about), "train_loss", "train_accuracy", with a
 # val_loader also "val_loss" and "val_accuracy" (lists of floats), and "seconds" (training only).
 Record = dict[str, Any]
@@ -37,6 +39,14 @@ class Metrics:
         self._correct.add_(result.correct)
         self._labelled.add_(result.labelled)
         self.samples += samples
+
+    def add_up(self, replicas: ReplicaGroup) -> None:
+        """Over all replicas."""
+        if replicas.size > 1:
+            own = (self._loss, self._correct, self._labelled[None], self._loss.new_tensor([self.samples]))
+            sizes = [len(t) for t in own]
+            loss, correct, labelled, samples = replicas.add_up(torch.cat(own)).split(sizes)
+            self._loss, self._correct, self._labelled, self.samples = loss, correct, labelled[0], int(samples)
 
     def loss(self) -> list[float]:
         """Mean per sample of each stage."""

@@ -15,6 +15,7 @@ from layerwise_ext.train import random_state
 from layerwise_ext.train.early_stopping import Watch
 from layerwise_ext.train.ema import AveragedStage
 from layerwise_ext.train.metrics import Record
+from layerwise_ext.train.replicas import ReplicaGroup
 
 
 class Resumable(ABC):
@@ -32,6 +33,7 @@ class Resumable(ABC):
     _scaler: torch.amp.GradScaler
     _saved_random_state: dict[str, Any] | None
     _loader: Any
+    _replicas: ReplicaGroup
 
     @abstractmethod
     def _reset_capture(self) -> None:
@@ -46,6 +48,7 @@ class Resumable(ABC):
         """
         return {
             "trainer": type(self).__name__,
+            "processes": self._replicas.size,
             "epoch": self.epoch,
             "history": copy.deepcopy(self.history),
             "stages": [stage.state_dict() for stage in self.stages],
@@ -67,13 +70,16 @@ class Resumable(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict` into a trainer made with the same arguments.
 
-        The global and the loader's generators are set when :meth:`fit` next starts.
+        The global and the loader's generators are set when :meth:`fit` next starts. With ``process_group`` every
+        process must do so. The state of another number of processes is taken, with a warning in the log: its run is
+        continued, but not with the numbers that it would have had.
 
         Raises:
             ValueError: the state is of another trainer, or of another number of stages, optimisers or schedulers.
         """
         if state["trainer"] != type(self).__name__:
             raise ValueError(f"the state is of a {state['trainer']}; this is a {type(self).__name__}")
+        self._replicas.compare(state.get("processes", 1))
         for name in ("stages", "optimizers", "schedulers"):
             found, expected = len(state[name]), len(getattr(self, name))
             if found != expected:
