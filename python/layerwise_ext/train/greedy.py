@@ -169,9 +169,10 @@ class GreedyTrainer(Trainer):
             self._frozen_outputs(loader), length(loader), self.cache_limit_bytes, path, key
         )
         self._fits = self._replicas.all(self._features is not None)
-        if not self._fits and self._features is not None:
-            self._features.remove()
+        if not self._fits:  # here or in another process
             self._features = None
+            if path is not None:
+                path.unlink(missing_ok=True)
         if replay is not None or not self._fits:
             random_state.restore(now, loader, self.device)
         if self._fits and replay is None:
