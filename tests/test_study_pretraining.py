@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from layerwise_ext import data
-from layerwise_ext.studies import Results, Summary, Task, plots, pretraining
+from layerwise_ext.studies import Results, Summary, Task, plots, pretraining, words
 from layerwise_ext.studies.pretraining import NETWORKS, Pretraining
 from study_results import made_up
 from torch import Tensor
@@ -236,3 +236,11 @@ def test_pairs_are_of_the_same_seed(task: Task) -> None:
 ])  # fmt: skip
 def test_differs(values: list[float], resolution: float, expected: bool) -> None:
     assert Summary.of(values).differs(resolution) is expected
+
+
+def test_words() -> None:
+    assert [words.listed("abc"[:n]) for n in (1, 2, 3)] == ["a", "a and b", "a, b and c"]
+    assert [words.points(Summary.of(v)) for v in ([0.01], [-0.01, -0.03])] == ["+1.0 points", "-2.0 ± 1.0 points"]
+    names = ("cifar10", "digits", "kmnist")
+    expected = ["random crops (padding 4) and flips", "random crops (padding 1)", "no augmentation"]
+    assert [words.augmentation(name) for name in names] == expected

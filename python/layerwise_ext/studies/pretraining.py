@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from layerwise_ext import data, init, models, train
 from layerwise_ext.studies import plots
 from layerwise_ext.studies.study import Cell, Figure, Finding, Results, Study, Summary, Table, Task
-from layerwise_ext.studies.words import listed, points
+from layerwise_ext.studies.words import augmentation, listed, points
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as MatplotlibFigure
@@ -62,7 +62,6 @@ class Pretraining(Study):
         return values
 
     def setup(self, task: Task) -> dict[str, str]:
-        augmentation = data.standard_augment(data.info(task.name))
         network = initial_network(task, "now", 0)
         return {
             "network": f"vgg8b (arXiv 1901.06656) at {_width(task):g} of its width, with as many of its pools as the "
@@ -80,8 +79,8 @@ class Pretraining(Study):
             "taken seed by seed",
             "fine-tuning": f"all layers jointly, Adam at {LR:g} falling to 0 as a cosine; as many updates as the "
             "epochs of all training images have, whatever the number of labels; batches of all labelled images where "
-            f"they are fewer than the batch size; crops from {augmentation.crop_padding} pixels of padding"
-            f"{' and flips' if augmentation.flip else ''}, with and without pretraining",
+            f"they are fewer than the batch size; {augmentation(task.name)}, with and without "
+            "pretraining",
             "accuracy": "of the test images after the last update: nothing is chosen on them",
         }
 
@@ -369,9 +368,7 @@ def _draw_accuracy(results: Results, figure: MatplotlibFigure) -> None:
             name = f"{NETWORKS[network]}{', pretrained' if pretrained else ''}"
             dashes = 0 if pretrained else len(plots.COLOURS)
             plots.line(axis, labels, accuracy, name, number + dashes, scale=100)
-    axis.axhline(100 / results.num_classes, color="#888888", linewidth=1, linestyle=":")
-    axis.annotate("chance", (labels[-1], 100 / results.num_classes), (0, 3), textcoords="offset points", ha="right",
-                  fontsize=9)  # fmt: skip
+    axis.axhline(100 / results.num_classes, color="#888888", linewidth=1, linestyle=":", label="chance")
     _label_axis(axis, labels)
     axis.set_ylabel("test accuracy, %")
     plots.legend_above(figure, 1)

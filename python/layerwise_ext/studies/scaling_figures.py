@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from layerwise_ext.studies import plots
-from layerwise_ext.studies.scaling_results import ARMS, NAMES, at_depth, depths_of, intensities, joint_of, of_arm
+from layerwise_ext.studies.scaling_results import ASKED, NAMES, at_depth, depths_of, intensities, joint_of, of_arm
 from layerwise_ext.studies.study import Figure, Results
 
 if TYPE_CHECKING:
@@ -131,12 +131,13 @@ def _draw_stages(axis: Axes, results: Results, depth: int, key: str, scale: floa
         axis.plot(stages, means, label=NAMES[arm], **(style | {"markersize": 3}))
         low, high = ([m + sign * h for m, h in zip(means, halves, strict=True)] for sign in (-1, 1))
         axis.fill_between(stages, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    plots.whole_numbers(axis)
 
 
 def _draw_cost(results: Results, figure: MatplotlibFigure) -> None:
     axes = figure.subplots(1, 2)
     for axis, key, name in zip(axes, ("step_ms", "peak_mib"), ("time, ms", "peak memory, MiB"), strict=True):
-        for arm in ARMS:
+        for arm in ASKED:
             cells = [cell for cell in of_arm(results, arm) if key in results.measured.get(cell.name, {})]
             values = [results.measured[cell.name][key] for cell in cells]
             depths = [cell.options["depth"] for cell in cells]

@@ -12,12 +12,21 @@ ARMS = {
     "local-accelerated": ("local", "accelerated"),
     "joint-accelerated": ("joint", "accelerated"),
 }
+# Those that the question is about; the other one is a control.
+ASKED = ("joint", "local", "local-accelerated")
 NAMES = {
     "joint": "joint",
     "local": "local",
     "local-accelerated": "local, accelerated",
     "joint-accelerated": "joint, accelerated",
     "local-pred": "local, pred",
+}
+PHRASES = {
+    "joint": "joint training",
+    "local": "local training",
+    "local-accelerated": "local training with accelerated downsampling",
+    "joint-accelerated": "joint training with accelerated downsampling",
+    "local-pred": "local training on pred alone",
 }
 
 
@@ -51,25 +60,27 @@ def table(results: Results) -> Table:
 def findings(results: Results) -> list[Finding]:
     deepest = depths_of(results)[-1]
     at = dict(at_depth(results, deepest))
+    pairs = [("local", "joint"), ("local-accelerated", "local")]
+
+    def names(first: str, second: str) -> tuple[str, str]:
+        return f"{PHRASES[first]} ({deepest} layers)", PHRASES[second]
+
     found = [_degrades(results, "local"), _fixes(results)]
-    for arm in ("joint", "local", "local-accelerated"):
-        ends = of_arm(results, arm)
-        deep, shallow = (f"{NAMES[arm]} training with {cell.options['depth']} layers" for cell in (ends[-1], ends[0]))
-        found.append(compare(results, ends[-1], ends[0], names=(deep, shallow)))
     if "joint-accelerated" in at:
-        found.append(compare(results, at["joint-accelerated"], at["joint"],
-                             names=(f"joint training with accelerated downsampling ({deepest} layers)",
-                                    "joint training without")))  # fmt: skip
+        first, second = "joint-accelerated", "joint"
+        found.append(compare(results, at[first], at[second], names=names(first, second)))
+    for arm in ASKED:
+        ends = of_arm(results, arm)
+        deep, shallow = (f"{PHRASES[arm]} with {cell.options['depth']} layers" for cell in (ends[-1], ends[0]))
+        found.append(compare(results, ends[-1], ends[0], names=(deep, shallow)))
     if len(results.select(arm="local-pred")) > 1:
         found.append(_degrades(results, "local-pred"))
-    for first, second in (("local", "joint"), ("local-accelerated", "local")):
-        names = (f"{NAMES[first]} training ({deepest} layers)", f"{NAMES[second]} training")
+    for pair in pairs:
         what = "accuracy of linear probes behind the first third of the stages"
-        found.append(compare(results, at[first], at[second], "shallow_probe", names=names, what=what))
+        found.append(compare(results, at[pair[0]], at[pair[1]], "shallow_probe", names=names(*pair), what=what))
     found += _intensity(results)
-    for first, second in (("local", "joint"), ("local-accelerated", "local")):
-        names = (f"{NAMES[first]} training ({deepest} layers)", f"{NAMES[second]} training")
-        found += compare_steps(results, at[first], at[second], names=names)
+    for pair in pairs:
+        found += compare_steps(results, at[pair[0]], at[pair[1]], names=names(*pair))
     return found
 
 
@@ -105,7 +116,7 @@ def _paired(results: Results, first: Cell, second: Cell) -> Summary:
 
 def _label(cell: Cell) -> str:
     options = cell.options
-    every = "" if options["convolutions"] == 2 else f", {options['convolutions']} convolutions per loss"
+    every = "" if options["convolutions"] == 2 else f", {_convolutions(cell)}"
     return f"{options['depth']} layers, {NAMES[options['arm']]}{every}"
 
 
@@ -115,24 +126,23 @@ def _degrades(results: Results, arm: str) -> Finding:
     ends = [results.paired(joint_of(results, cell), cell, "accuracy") for cell in (cells[0], cells[-1])]
     shallow, deep = (cell.options["depth"] for cell in (cells[0], cells[-1]))
     growth = Summary.of([b - a for a, b in zip(*ends, strict=True)])
-    name = "local training" if arm == "local" else "local training on pred alone"
+    before, after = (Summary.of(values) for values in ends)
     sides = (
-        f"With {shallow} layers {name} is {_against(Summary.of(ends[0]))} joint training, with {deep} layers it is "
-        f"{_against(Summary.of(ends[1]))} it"
+        f"With {shallow} layers {PHRASES[arm]} is {_against(before)} joint training, with {deep} layers "
+        f"{_against(after)} it: a change of {points(growth)} to its disadvantage"
     )
-    change = f"from one to the other it falls behind by {points(growth)}"
     claim = "that local training degrades with depth relative to joint training"
     if growth.seeds == 1:
         return Finding(f"{sides}. With one seed there is no spread, so this may be chance.", False)
     if not growth.differs(1 / results.test_images):
-        return Finding(f"{sides}: {change}, not more than the spread. It was not found here {claim}.", False)
+        return Finding(f"{sides}, not more than the spread. It was not found here {claim}.", False)
     if growth.mean > 0:
-        return Finding(f"{sides}: {change}, more than the spread. The claim {claim}, held here.", True)
+        return Finding(f"{sides}, more than the spread. The claim {claim}, held here.", True)
     return Finding(f"{sides}: it catches up. The claim {claim}, did not hold here.", False)
 
 
 def _against(gap: Summary) -> str:
-    """What joint training is ahead, seen from local training: '1.2 points (spread 0.3) behind'."""
+    """What joint training is ahead, seen from local training: '1.2 ± 0.3 points behind'."""
     return points(gap).lstrip("+-") + (" behind" if gap.mean > 0 else " ahead of")
 
 
@@ -168,5 +178,10 @@ def _intensity(results: Results) -> list[Finding]:
     cells = intensities(results)
     if len(cells) < 2:
         return []
-    names = [f"local training with {c.options['convolutions']} convolutions per loss" for c in (cells[-1], cells[0])]
-    return [compare(results, cells[-1], cells[0], names=(names[0], f"{names[1]} ({cells[0].options['depth']} layers)"))]
+    names = [f"local training with {_convolutions(cell)}" for cell in (cells[-1], cells[0])]
+    return [compare(results, cells[-1], cells[0], names=(f"{names[0]} ({cells[0].options['depth']} layers)", names[1]))]
+
+
+def _convolutions(cell: Cell) -> str:
+    count = cell.options["convolutions"]
+    return "a loss on each convolution" if count == 1 else f"a loss for every {count} convolutions"
