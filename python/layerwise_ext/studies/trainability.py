@@ -31,6 +31,7 @@ LABELS = {"logistic": "logistic", "tanh": "tanh", "relu": "ReLU", "gaussian": "s
 WIDTH = 16
 # Convolutions with stride 2 come first, as long as the map is larger than this.
 LARGEST_MAP = 8
+CELLS = 4
 GAUSSIAN_STD = 0.01
 MOMENTUM = 0.9
 LEARNING_RATES = (0.1, 0.01)
@@ -53,7 +54,7 @@ class Trainability(Study):
         "Why was joint training of deep networks thought impossible, and which of activation, batch norm and "
         "initialisation fixed it, at which depth?"
     )
-    default_epochs = 2
+    default_epochs = 1
     max_epochs = 20
     batch_size = 32
 
@@ -71,8 +72,8 @@ class Trainability(Study):
     def setup(self, task: Task) -> dict[str, str]:
         return {
             "network": f"plain 3x3 convolutions with {WIDTH} channels and biases, without shortcuts, the first ones "
-            f"with stride 2 while the map is larger than {LARGEST_MAP}x{LARGEST_MAP}; mean over the map, linear "
-            "classifier",
+            f"with stride 2 while the map is larger than {LARGEST_MAP}x{LARGEST_MAP}; means over {CELLS}x{CELLS} cells "
+            "of the map, linear classifier",
             "activations": "logistic, tanh, ReLU",
             "batch norm": "between convolution and activation (arXiv 1502.03167), or none",
             "initialisation": f"normal with standard deviation {GAUSSIAN_STD:g} (small Gaussian); Xavier (Glorot & "
@@ -100,6 +101,7 @@ class Trainability(Study):
             "accuracy": trainer.evaluate(task.test_loader())["final"],
             "train_loss": loss,
             "learning_rate": rate,
+            "updates": epochs * len(task.loader(self.batch_size, seed)),
             "first_over_last": first / last if last else math.nan,
             "activation_gradient": [row.activation_gradient for row in rows],
             "weight_gradient": [row.gradient for row in rows],
@@ -126,7 +128,10 @@ class Trainability(Study):
             for norm, depth in columns:
                 row.append(results.summary(_name(activation, norm, initialisation, depth), "accuracy").text(100))
             rows.append(row)
-        return Table(header, rows, "Test accuracy in %: means over seeds ± half of the spread.")
+        updates = results.values(results.cells[0], "updates")[0]
+        return Table(
+            header, rows, f"Test accuracy in % after {updates} updates: means over seeds ± half of the spread."
+        )
 
     def figures(self, results: Results) -> list[Figure]:
         deepest = max(_option(results, "depth"))
@@ -195,7 +200,7 @@ def _network(task: Task, cell: Cell, seed: int) -> models.StagedModel:
         if cell.options["batch_norm"]:
             layers.append(nn.BatchNorm2d(WIDTH))
         layers.append(ACTIVATIONS[cell.options["activation"]]())
-    head = PooledLinearHead(WIDTH, task.num_classes, bins=(1, 1))
+    head = PooledLinearHead(WIDTH, task.num_classes, bins=min(CELLS, size))
     network = models.StagedModel([LocalStage(nn.Sequential(*layers), head)])
     _initialize(network, cell.options["init"], _first_images(task)[0].cpu(), generator)
     return network
