@@ -82,13 +82,13 @@ def test_files_of_weights_rebuild_the_network(tmp_path: Path, options: list[str]
 
 def test_held_out_images_choose_and_test_images_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaders: list[int] = []
-    evaluate = train.LocalTrainer.evaluate
+    evaluate = train.LocalTrainer._evaluate
 
-    def count(self: Any, loader: Any, **options: Any) -> Any:
+    def count(self: Any, loader: Any, *options: Any) -> Any:
         loaders.append(len(loader.labels))
-        return evaluate(self, loader, **options)
+        return evaluate(self, loader, *options)
 
-    monkeypatch.setattr(train.LocalTrainer, "evaluate", count)
+    monkeypatch.setattr(train.LocalTrainer, "_evaluate", count)
     folder = run(tmp_path / "run", "--epochs", "3", "--lr", "0.05", "--validation", "0.25", "--seed", "5")
     rest, held = data.hold_out(first(data.load("digits"), 200), 0.25, seed=5)
     assert loaders == [len(held.labels)] * 3 + [360] * 2  # the last epoch's weights and the best ones

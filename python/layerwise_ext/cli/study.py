@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from layerwise_ext.cli.common import OK, UsageError, device_of, positive, set_threads
+from layerwise_ext.cli.common import OK, UsageError, device_of, installed, positive, set_threads
 from layerwise_ext.cli.options import DATA
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ def add_parser(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    for package in ("jinja2", "matplotlib"):
+        installed(package, "a study")
     set_threads(arguments.threads)
     device = device_of(arguments.device)
 
