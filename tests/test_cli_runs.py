@@ -144,15 +144,15 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("options", [
-    ["--mode", "local", "--head", "goodness", "--ema-decay", "0.9", "--lr", "0.05"],
-    ["--mode", "greedy", "--patience", "1", "--lr", "0.5"],
-    ["--pretrain", "denoising", "--pretrain-epochs", "2", "--validation", "0.25", "--mode", "joint"],
+    ["--mode", "local", "--ema-decay", "0.9", "--lr", "0.05", "--epochs", "2"],
+    ["--mode", "greedy", "--patience", "1", "--lr", "0.5", "--epochs", "1"],
+    ["--mode", "joint", "--pretrain", "denoising", "--pretrain-epochs", "1", "--validation", "0.25", "--epochs", "1"],
 ])  # fmt: skip
 def test_a_kill_at_any_write_changes_nothing(
     tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """At each one in turn, once before and once behind the other files of the epoch: the temporary file is left."""
-    command = [*TINY, *options, "--limit-train", "100", "--epochs", "2"]
+    command = [*TINY, *options, "--limit-train", "100"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     replacing, writes, last = checkpoint.replacing, 0, 0
 
