@@ -124,7 +124,7 @@ def infopro(head: Any, y: Tensor, target: Tensor) -> Tensor:
     first, _, second = head.projection
     x = second(F.relu(first(x)))
     if head.task == "softmax":
-        task = F.cross_entropy(x, target)
+        task = F.cross_entropy(x, target, label_smoothing=head.label_smoothing)
     else:
         task = functional.supervised_contrastive_loss(x, target, temperature=head.temperature)
     return 0.3 * reconstruction(head.reconstruction, y, target) + 0.7 * task
@@ -161,7 +161,7 @@ HEADS: dict[str, tuple[Make, Peer]] = {
     ),
     "reconstruction": (lambda: ReconstructionHead(C, mean=[0.1, 0.2, 0.3], std=0.5, **DOUBLE), reconstruction),
     "reconstruction, mse": (lambda: ReconstructionHead(C, 3, 4, loss="mse", **DOUBLE), reconstruction),
-    "infopro": (lambda: InfoProHead(C, CLASSES, weights=(0.3, 0.7), **DOUBLE), infopro),
+    "infopro": (lambda: InfoProHead(C, CLASSES, weights=(0.3, 0.7), label_smoothing=0.2, **DOUBLE), infopro),
     "infopro, contrastive": (
         lambda: InfoProHead(C, CLASSES, "contrastive", weights=(0.3, 0.7), features=5, temperature=0.4, **DOUBLE),
         infopro,

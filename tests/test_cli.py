@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import itertools
 import json
@@ -18,6 +19,7 @@ import layerwise_ext as lw
 import pytest
 import torch
 from layerwise_ext import checkpoint, cli, data, demo, models
+from layerwise_ext.cli import config, trainers
 from PIL import Image
 
 TINY = [
@@ -40,7 +42,7 @@ def train(output: Path, *options: str) -> int:
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.load(output / "backbone.pt")
+    return checkpoint.load_weights(output / "last.safetensors")[0]
 
 
 def same(first: Path, second: Path) -> bool:
@@ -71,6 +73,15 @@ def test_decoupled_training_equals_local_training(tmp_path: Path, capsys: pytest
     command = [*TINY, "--output", str(tmp_path / "decoupled"), "--mode", "decoupled", "--resume"]
     assert "--workers is 3, but the run in" in refused(capsys, *command, "--workers", "3")
     assert "--workers is for --mode decoupled, not local" in refused(capsys, *TINY, "--workers", "2")
+    message = refused(capsys, *command, "--workers", "2", "--partition", "1,2")
+    assert "--partition is '1,2', but the run in" in message
+    new = [*TINY, "--output", str(tmp_path / "new"), "--mode", "decoupled", "--partition"]
+    assert "--partition is '1,x'; numbers of stages such as 3,4 are allowed" in refused(capsys, *new, "1,x")
+    assert "partition is [1, 1]; allowed: numbers from 1 whose sum is 3" in refused(capsys, *new, "1,1")
+    assert "workers is 2 and partition is [1, 2]; one of them" in refused(capsys, *new, "1,2", "--workers", "2")
+    options = config.complete(argparse.Namespace(config=None, mode="decoupled", partition="1,2"))
+    model = models.vgg([8, "M", 8], in_channels=1, image_size=(8, 8))
+    assert trainers.trainer_of(options, model).layout.partition == (1, 2)
     assert "--buffer is for --mode decoupled --asynchronous" in refused(capsys, *command, "--buffer", "2")
     assert "workers is 9; allowed: 1 to 3" in refused(
         capsys, *TINY, "--output", str(tmp_path / "new"), "--mode", "decoupled", "--workers", "9"
@@ -111,13 +122,13 @@ def test_heads(tmp_path: Path, head: str, capsys: pytest.CaptureFixture[str]) ->
     assert train(tmp_path / "run", *options) == 0
     assert "test accuracy 0." in capsys.readouterr().out
     rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
-    classifies = "predsim" in head or head in ("conv", "mlp_sr", "auglocal")
+    classifies = "predsim" in head or head in ("conv", "mlp_sr", "auglocal", "goodness", "infopro")
     assert all((row["test_accuracy"] == "nan") != classifies for row in rows if row["stage"] == "0")
     assert all(0 <= float(row["test_accuracy"]) <= 1 for row in rows if row["stage"] == "2")
     assert "--head is 'pooled_linear', but the run in" in refused(
         capsys, *TINY, "--output", str(tmp_path / "run"), "--activation", "leaky_relu", "--resume"
     )
-    plain = models.vgg([8, "M", 8], in_channels=1, image_size=(8, 8), fused=False)
+    plain = models.vgg([8, "M", 8], in_channels=1, image_size=(8, 8), fused=False, head=head)
     plain.backbone().load_state_dict(weights(tmp_path / "run"), strict=True)
 
 
@@ -224,7 +235,7 @@ def test_probe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [row["layer"] for row in rows] == ["stages.0", "stages.1", "stages.2"]
     assert all(float(row["accuracy"]) > 0.8 for row in rows)
 
-    # The same by hand; backbone.pt has the network without the local heads.
+    # The same by hand; a file of weights has the network without the local heads.
     parts = [data.load("digits", split=split) for split in ("train", "test")]
     parts[0] = data.Split(*(part[:320] for part in parts[0]))
     normalization = data.Normalization.of(parts[0].images)
@@ -233,7 +244,9 @@ def test_probe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     loaders = [data.MemoryLoader(part, 100, normalization) for part in parts]
     found = lw.probe.separability(model, *loaders, dim=64)
     output = tmp_path / "new" / "folder" / "table.csv"
-    assert cli.main(["probe", str(run / "backbone.pt"), "--dim", "64", "--output", str(output)]) == 0
+    moved = tmp_path / "moved.safetensors"
+    (run / "last.safetensors").rename(moved)  # knows the options of its run
+    assert cli.main(["probe", str(moved), "--dim", "64", "--output", str(output)]) == 0
     for row, expected in zip(csv.DictReader(output.open()), found.layers, strict=True):
         assert float(row["accuracy"]) == expected.accuracy
         assert float(row["fisher_ratio"]) == pytest.approx(expected.fisher_ratio, rel=1e-4)
@@ -244,19 +257,23 @@ def test_probe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_refusals_of_probe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
-    assert "config.json: cannot be read (No such file or directory)" in refused(capsys, "probe", str(run / "a.pt"))
+    assert "config.yaml does not exist; name a run folder" in refused(capsys, "probe", str(run / "a.pt"))
     assert train(run, "--epochs", "1") == 0
     assert "metrics.csv cannot be used" in refused(capsys, "probe", str(run / "metrics.csv"))
-    config = (run / "config.json").read_text()
-    (run / "config.json").write_text(config.replace('"8,M,8"', '"8,M,16"'))
+    (run / "bad.safetensors").write_bytes((run / "last.safetensors").read_bytes()[:-1])
+    assert "bad.safetensors cannot be used" in refused(capsys, "probe", str(run / "bad.safetensors"))
+    checkpoint.save_weights(run / "other.safetensors", {"weight": torch.zeros(1)}, {})
+    assert "other.safetensors cannot be used ('options')" in refused(capsys, "probe", str(run / "other.safetensors"))
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("8,M,8", "8,M,16"))
     assert "checkpoint.pt cannot be used" in refused(capsys, "probe", str(run))
-    (run / "config.json").write_text("[1]")
-    assert "config.json is not a JSON object" in refused(capsys, "probe", str(run))
-    (run / "config.json").write_text(config)
+    (run / "config.yaml").write_text("[1]")
+    assert "config.yaml: holds a list; a table of options" in refused(capsys, "probe", str(run))
+    (run / "config.yaml").write_text(config)
     assert "--device is 'banana'" in refused(capsys, "probe", str(run), "--device", "banana")
-    file = str(run / "config.json")
+    file = str(run / "config.yaml")
     assert "is a folder; name a file" in refused(capsys, "probe", str(run), "--output", str(run))
-    assert "config.json cannot be made" in refused(capsys, "probe", str(run), "--output", f"{file}/table.csv")
+    assert "config.yaml cannot be made" in refused(capsys, "probe", str(run), "--output", f"{file}/table.csv")
     assert not (run / "separability.csv").exists()
 
 
@@ -388,13 +405,17 @@ def test_refusals_of_an_existing_run(tmp_path: Path, capsys: pytest.CaptureFixtu
     message = refused(capsys, *TINY, "--output", str(run), "--resume", "--lr", "0.1")
     assert "--lr is 0.1, but the run in" in message
     assert {p.name: p.read_bytes() for p in run.iterdir()} == before
-    settings = json.loads((run / "config.json").read_text())
-    for name in ("accumulate", "init", "workers"):  # of before there were these options
-        del settings[name]
-    (run / "config.json").write_text(json.dumps(settings))
+    lines = (run / "config.yaml").read_text().splitlines()
+    older = [line for line in lines if line.partition(":")[0] not in ("accumulate", "init", "label_smoothing")]
+    assert len(older) == len(lines) - 3
+    (run / "config.yaml").write_text("\n".join(older))  # of before there were these options
     message = refused(capsys, *TINY, "--output", str(run), "--resume", "--accumulate", "2")
     assert "--accumulate is 2, but the run in" in message and "has 1" in message
     assert train(run, "--epochs", "2", "--resume") == 0
+    (run / "config.yaml").rename(run / "config.json")
+    for command in (["probe", str(run)], [*TINY, "--output", str(run), "--resume"]):
+        assert "a run of an earlier version, config.json in place of config.yaml" in refused(capsys, *command)
+    (run / "config.json").rename(run / "config.yaml")
     (run / "checkpoint.pt").write_bytes(b"damaged")
     assert "cannot be used" in refused(capsys, *TINY, "--output", str(run), "--resume", "--epochs", "2")
 

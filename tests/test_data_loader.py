@@ -11,7 +11,7 @@ import pytest
 import torch
 from layerwise_ext import data
 from layerwise_ext.models import vgg
-from layerwise_ext.train import GreedyTrainer, LocalTrainer, Trainer
+from layerwise_ext.train import GreedyTrainer, LabelledPairs, LocalTrainer, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -348,6 +348,28 @@ def test_subsets_have_as_many_of_each_class_and_grow() -> None:
         data.subset(data.Split(split.images, torch.full((200,), -1)), per_class=1)
 
 
+def test_a_share_of_each_class_is_held_out() -> None:
+    split = random_split(200)
+    rest, held = data.hold_out(split, 0.25, seed=5)
+    counts = torch.bincount(split.labels)
+    assert torch.bincount(held.labels).tolist() == [round(0.25 * count) for count in counts.tolist()]
+
+    def places(part: data.Split) -> list[int]:
+        return [int((split.images == image).flatten(1).all(1).nonzero()) for image in part.images]
+
+    assert places(held) == sorted(places(held)) and places(rest) == sorted(places(rest))
+    assert sorted(places(rest) + places(held)) == list(range(200))
+    assert torch.equal(split.labels[places(held)], held.labels) and torch.equal(split.labels[places(rest)], rest.labels)
+    assert places(data.hold_out(split, 0.25, seed=5)[1]) == places(held)
+    assert places(data.hold_out(split, 0.25, seed=6)[1]) != places(held)
+    assert torch.bincount(data.hold_out(split, 0.999)[0].labels).tolist() == [1] * 4
+    for fraction in (0, 1, -0.5, float("nan")):
+        with pytest.raises(ValueError, match=f"fraction is {fraction}; allowed: above 0 and below 1"):
+            data.hold_out(split, fraction)
+    with pytest.raises(ValueError, match="less than half an image of each class"):
+        data.hold_out(split, 0.001)
+
+
 # -- Resuming ----------------------------------------------------------------------------------------------------------
 
 
@@ -363,7 +385,11 @@ def torch_loader() -> DataLoader:
     return DataLoader(TensorDataset(split.images.float() / 255, split.labels), batch_sampler=sampler)
 
 
-@pytest.mark.parametrize("make_loader", [memory_loader, torch_loader])
+def pairs_of_a_loader() -> LabelledPairs:
+    return LabelledPairs(memory_loader(), 4, seed=2)
+
+
+@pytest.mark.parametrize("make_loader", [memory_loader, torch_loader, pairs_of_a_loader])
 @pytest.mark.parametrize(("kind", "stop"), [(LocalTrainer, 1), (GreedyTrainer, 1), (GreedyTrainer, 3)])
 def test_a_resumed_run_is_bit_identical(kind: type[Trainer], stop: int, make_loader: Callable[[], Any]) -> None:
     class Stop(Exception):
@@ -377,7 +403,8 @@ def test_a_resumed_run_is_bit_identical(kind: type[Trainer], stop: int, make_loa
             raise Stop
 
     def trainer() -> Trainer:
-        model = vgg([4, "M", 6], in_channels=1, num_classes=4, image_size=(8, 8), hidden=None, seed=0)
+        head = "goodness" if make_loader is pairs_of_a_loader else "pooled_linear"
+        model = vgg([4, "M", 6], in_channels=1, num_classes=4, image_size=(8, 8), hidden=None, head=head, seed=0)
         return kind(model, progress=False, seed=0)
 
     straight, first, second = trainer(), trainer(), trainer()

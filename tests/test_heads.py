@@ -426,6 +426,9 @@ LABELS = torch.zeros(2, dtype=torch.int64)
     (lambda: InfoProHead(4, 3, "both"), "task is 'both'; allowed: 'softmax', 'contrastive'"),
     (lambda: InfoProHead(4, 3, weights=(-1, 1)), r"weights are \(-1, 1\)"),
     (lambda: InfoProHead(4, 3, temperature=0), "temperature is 0"),
+    (lambda: InfoProHead(4, 3, label_smoothing=2), "label_smoothing is 2; allowed: 0 to 1"),
+    (lambda: InfoProHead(4, 3, "contrastive", label_smoothing=0.1), "label_smoothing is 0.1; allowed with task"),
+    (lambda: GoodnessHead(num_classes=1), "num_classes is 1; allowed: 2 or more, None"),
     (lambda: ConvHead(4, 3, 0), "depth is 0; it must be at least 1"),
     (lambda: ConvHead(4, 3, bins=0), r"bins is \(0, 0\)"),
     (lambda: MLPSRHead(4, 3, (0, 4)), r"map_size is \(0, 4\)"),
@@ -474,5 +477,5 @@ def test_the_examples_run() -> None:
     names: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
         exec(block, names)
-    assert names["predicted"].shape == (16,)
-    assert all(p.grad is not None for s in names["stages"] for p in s.parameters())
+    assert names["scores"].shape == (96, 10)
+    assert names["forward_forward_stage"](3, 4, 8)(torch.randn(2, 3, 8, 8), torch.arange(2)).features.shape[1] == 4

@@ -11,7 +11,9 @@ from layerwise_ext.nn import (
     ContrastiveHead,
     ConvBNReLU2d,
     ConvHead,
+    GoodnessHead,
     HeadOutput,
+    InfoProHead,
     LocalHead,
     LocalStage,
     MLPSRHead,
@@ -19,6 +21,7 @@ from layerwise_ext.nn import (
     PooledLinearHead,
     PooledMoments,
     PredSimHead,
+    ReconstructionHead,
     SimilarityHead,
 )
 from torch import Tensor, nn
@@ -105,11 +108,12 @@ def test_heads(head: str, hidden: int | None) -> None:
     model, plain = vgg([8, "M", 16], **options), vgg([8, "M", 16], **options, fused=False)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
     kinds = {"pooled": PooledLinearHead, "similarity": SimilarityHead, "predsim": PredSimHead, "conv": ConvHead,
-             "contrastive": ContrastiveHead, "mlp": MLPSRHead, "auglocal": ModuleHead}  # fmt: skip
+             "contrastive": ContrastiveHead, "mlp": MLPSRHead, "auglocal": ModuleHead, "goodness": GoodnessHead,
+             "reconstruction": ReconstructionHead, "infopro": InfoProHead}  # fmt: skip
     kind = kinds[head.partition("_")[0]]
     assert all(type(stage.head) is kind for stage in list(model)[:-1])
-    assert type(model[-1].head) is (PredSimHead if kind is PredSimHead else PooledLinearHead)
-    projects = [any(getattr(m, "projection", None) is not None for m in stage.head.modules()) for stage in model]
+    assert type(model[-1].head) is (kind if kind in (PredSimHead, GoodnessHead) else PooledLinearHead)
+    projects = [any(isinstance(m, SimilarityHead) and m.needs_map for m in stage.head.modules()) for stage in model]
     is_last = [stage is model[-1] for stage in model]
     if not head.endswith("projected"):
         assert not any(projects)
@@ -117,17 +121,18 @@ def test_heads(head: str, hidden: int | None) -> None:
         assert projects == [kind is PredSimHead or not last for last in is_last]
     if kind is PredSimHead:
         assert all(stage.head.beta == 0.9 and not stage.head.pred.linear.weight.any() for stage in model)
-    x, target = torch.randn(6, 1, 8, 8), torch.arange(6) % 3
+    x, target = torch.randn(6, 1, 8, 8), torch.arange(6) % (2 if kind is GoodnessHead else 3)
     logits, y, z = model(x), x, x
     assert logits.shape == (6, 10)
     for stage, peer in zip(model, plain, strict=True):
-        y, loss, _ = stage(y, target)
-        z, expected, _ = peer(z, target)
+        y, loss, _ = stage(y, target, x)
+        z, expected, _ = peer(z, target, x)
         torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-4)
         loss.backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in stage.parameters())
-    keys = model.backbone_state_dict().keys()
-    assert keys == vgg([8, "M", 16], **{**SMALL, "hidden": hidden}).backbone_state_dict().keys()
+    keys = {key.replace(".block", "") for key in model.backbone_state_dict()}
+    usual = vgg([8, "M", 16], **{**SMALL, "hidden": hidden}).backbone_state_dict().keys()
+    assert keys == {key for key in usual if kind is not GoodnessHead or "output" not in key}
 
 
 def test_bad_arguments() -> None:
@@ -149,3 +154,30 @@ def test_bad_arguments() -> None:
         StagedModel([])
     with pytest.raises(TypeError, match="the output needs a classifier: PooledLinearHead"):
         StagedModel([LocalStage(nn.Identity(), NormHead())])
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_label_smoothing_reaches_every_cross_entropy(head: str) -> None:
+    if head == "goodness":
+        with pytest.raises(ValueError, match=r"label_smoothing is 0.1 with head 'goodness'"):
+            vgg([8, "M", 16], **SMALL, head=head, label_smoothing=0.1)
+        return
+    model = vgg([8, "M", 16], **SMALL, head=head, label_smoothing=0.1)
+    found = [m.label_smoothing for m in model.modules() if hasattr(m, "label_smoothing")]
+    assert 0.1 in found
+    assert set(found) == {0.1} or head == "infopro_contrastive"
+    assert model[-1].head.to_modules() is not None
+
+
+@pytest.mark.parametrize("head", ["reconstruction", "infopro", "infopro_contrastive"])
+def test_what_is_reconstructed_is_the_image_before_normalisation(head: str) -> None:
+    options = {**SMALL, "in_channels": 2, "head": head, "image_mean": [0.25, 0.5], "image_std": [0.5, 0.25]}
+    model = vgg([8, "M", 16, 16], **options)
+    decoders = [m for stage in model for m in stage.head.modules() if isinstance(m, ReconstructionHead)]
+    assert len(decoders) == 3
+    for decoder in decoders:
+        assert decoder.mean.flatten().tolist() == [0.25, 0.5] and decoder.std.flatten().tolist() == [0.5, 0.25]
+    weights = [stage.head.weights for stage in model if isinstance(stage.head, InfoProHead)]
+    assert weights == ([] if head == "reconstruction" else [(5.0, 0.5), (3.0, 0.75), (1.0, 1.0)])
+    tasks = {stage.head.task for stage in model if isinstance(stage.head, InfoProHead)}
+    assert tasks == {"infopro": {"softmax"}, "infopro_contrastive": {"contrastive"}}.get(head, set())

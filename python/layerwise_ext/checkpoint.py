@@ -7,11 +7,12 @@ import fcntl
 import glob
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch import Tensor
 
 
 @contextlib.contextmanager
@@ -51,6 +52,32 @@ def load(path: str | Path) -> dict[str, Any]:
     """What :func:`save` wrote; executes nothing from the file."""
     state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     return state
+
+
+def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A file of safetensors: tensors, and texts about them.
+
+    Raises:
+        ImportError: safetensors is not installed.
+    """
+    from safetensors.torch import save
+
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        temporary.write_bytes(save(contiguous, dict(metadata)))
+
+
+def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What :func:`save_weights` wrote.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        safetensors.SafetensorError: a damaged file.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
 def _remove_if_abandoned(path: Path) -> None:

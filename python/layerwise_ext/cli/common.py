@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -20,15 +21,38 @@ class UsageError(Exception):
 
 def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     """A type of argparse: a finite number above 0."""
+    return _number(f"positive {kind.__name__}", kind, lambda value: 0 < value < float("inf"))
 
+
+def not_negative(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A type of argparse: a finite number, 0 or more."""
+    return _number(f"{kind.__name__} (0 or more)", kind, lambda value: 0 <= value < float("inf"))
+
+
+def _number(name: str, kind: Callable[[str], Any], is_allowed: Callable[[Any], bool]) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         value = kind(text)
-        if not 0 < value < float("inf"):
+        if not is_allowed(value):
             raise ValueError
         return value
 
-    parse.__name__ = f"positive {kind.__name__}"  # argparse names it: "invalid positive int value"
+    parse.__name__ = name  # argparse names it: "invalid positive int value"
     return parse
+
+
+fraction = _number("fraction (above 0, below 1)", float, lambda value: 0 < value < 1)
+
+
+def installed(module: str, what: str, package: str = "'layerwise_ext[cli]'") -> Any:
+    """A module that ``what`` needs, and ``package`` brings.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UsageError(f"{what} needs a package ({error}): pip install {package}") from error
 
 
 def set_threads(threads: int | None) -> None:

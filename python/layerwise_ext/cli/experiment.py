@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from layerwise_ext.cli.common import UsageError
 
@@ -19,14 +19,29 @@ def check_limit(name: str, limit: int | None) -> None:
         raise UsageError("--limit-train takes the first images, which in an image-folder are all of the first classes")
 
 
-def splits(arguments: argparse.Namespace) -> tuple[Split, Split]:
+class Images(NamedTuple):
+    """``validation`` are held out of the training images, where --validation says so."""
+
+    train: Split
+    validation: Split | None
+    test: Split
+
+
+def load_images(arguments: argparse.Namespace) -> Images:
+    """
+    Raises:
+        DataError, ValueError: files that are missing or damaged, options that they do not allow.
+    """
     from layerwise_ext import data
 
-    train_split, test_split = (
+    train, test = (
         data.load(arguments.data, arguments.data_dir, split, image_size=arguments.image_size)
         for split in ("train", "test")
     )
-    return first(train_split, arguments.limit_train), test_split
+    train = first(train, arguments.limit_train)
+    if arguments.validation is None:
+        return Images(train, None, test)
+    return Images(*data.hold_out(train, arguments.validation, seed=arguments.seed), test)
 
 
 def first(split: Split, count: int | None) -> Split:
@@ -44,43 +59,62 @@ def augmentation(arguments: argparse.Namespace, info: Info, normalization: Norma
     return data.standard_augment(info, **options)
 
 
-def build_model(arguments: argparse.Namespace, shape: tuple[int, ...], num_classes: int) -> StagedModel:
+def network(arguments: argparse.Namespace, info: Info, normalization: Normalization) -> dict[str, Any]:
+    """The function of :mod:`layerwise_ext.models` that makes it, under ``"function"``, and its arguments; JSON values.
+
+    Raises:
+        ValueError: a network or a schedule that there is not.
+    """
     from layerwise_ext import models
 
-    downsampling: str | list[int] = arguments.downsampling
-    if arguments.downsampling not in ("standard", "accelerated"):
-        try:
-            downsampling = [int(unit) for unit in arguments.downsampling.split(",")]
-        except ValueError as error:
-            raise ValueError(
-                f"downsampling is {arguments.downsampling!r}; allowed: standard, accelerated, or units such as 1,3,4,5"
-            ) from error
-    config: str | list[int | str] = arguments.model
-    if "," in arguments.model or arguments.model.isdigit():
-        try:
-            config = [item if item == "M" else int(item) for item in arguments.model.split(",")]
-        except ValueError as error:
-            raise ValueError(f"model is {arguments.model!r}; widths and M, such as 32,M,64, are allowed") from error
-    channels, *size = shape
     options: dict[str, Any] = {
-        "in_channels": channels,
-        "num_classes": num_classes,
-        "image_size": (size[0], size[1]),
+        "in_channels": info.channels,
+        "num_classes": info.num_classes,
+        "image_size": list(info.image_size),
         "width_multiplier": arguments.width_multiplier,
-        "downsampling": downsampling,
+        "downsampling": _schedule(arguments.downsampling),
         "fused": not arguments.plain,
         "head": arguments.head,
+        "label_smoothing": arguments.label_smoothing,
+        "image_mean": normalization.mean.tolist(),
+        "image_std": normalization.std.tolist(),
         "activation": arguments.activation,
         "seed": arguments.seed,
     }
-    if arguments.model == "cnn":
-        return models.cnn(**options)
-    if arguments.model in models.RESNET_CONFIGS:
-        return models.resnet(arguments.model, **options)
-    if isinstance(config, str) and config not in models.VGG_CONFIGS:
+    name: str = arguments.model
+    if name == "cnn":
+        return {"function": "cnn", **options}
+    if name in models.RESNET_CONFIGS:
+        return {"function": "resnet", "config": name, **options}
+    if "," in name or name.isdigit():
+        try:
+            widths = [item if item == "M" else int(item) for item in name.split(",")]
+        except ValueError as error:
+            raise ValueError(f"model is {name!r}; widths and M, such as 32,M,64, are allowed") from error
+        return {"function": "vgg", "config": widths, **options}
+    if name not in models.VGG_CONFIGS:
         names = ", ".join([*models.VGG_CONFIGS, *models.RESNET_CONFIGS])
-        raise ValueError(f"model is {config!r}; allowed: {names}, cnn, or widths and pools such as 32,M,64")
-    return models.vgg(config, **options)
+        raise ValueError(f"model is {name!r}; allowed: {names}, cnn, or widths and pools such as 32,M,64")
+    return {"function": "vgg", "config": name, **options}
+
+
+def build_model(network: dict[str, Any]) -> StagedModel:
+    from layerwise_ext import models
+
+    options = dict(network)
+    model: StagedModel = getattr(models, options.pop("function"))(**options)
+    return model
+
+
+def _schedule(downsampling: str) -> str | list[int]:
+    if downsampling in ("standard", "accelerated"):
+        return downsampling
+    try:
+        return [int(unit) for unit in downsampling.split(",")]
+    except ValueError as error:
+        raise ValueError(
+            f"downsampling is {downsampling!r}; allowed: standard, accelerated, or units such as 1,3,4,5"
+        ) from error
 
 
 def initialize_model(arguments: argparse.Namespace, model: StagedModel, images: torch.Tensor) -> None:

@@ -1,22 +1,18 @@
-"""The options of ``train``: their names, and which of them a run folder holds."""
+"""The options of ``train``: a table, from which come the flags, their checks and those of a configuration file."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from layerwise_ext.cli.common import positive
+from layerwise_ext.cli.common import fraction, not_negative, positive
 
 MODES = ("joint", "local", "greedy", "decoupled")
 INITS = ("default", "lsuv", "data_dependent")
-# Those that decide what is computed: a resumed run must have the same ones.
-DEFINING = ("data", "model", "width_multiplier", "downsampling", "head", "activation", "init", "mode", "batch_size",
-            "lr", "optimizer", "dtype", "seed", "limit_train", "plain", "image_size", "augment", "cutout",
-            "classes_per_batch", "accumulate", "clip_norm", "ema_decay", "patience", "blocks", "deep_supervision",
-            "workers", "asynchronous", "buffer")  # fmt: skip
-# Those that only some modes have.
-OF_MODES = {"blocks": ("local",), "deep_supervision": ("joint", "local"), "checkpointing": ("joint",),
-            "workers": ("decoupled",), "asynchronous": ("decoupled",), "buffer": ("decoupled",)}  # fmt: skip
+PRETRAININGS = ("autoencoder", "denoising")
 # Of data.NAMES, which is not imported for --help.
 DATA = (
     "digits",
@@ -42,58 +38,132 @@ HEADS = (
     "conv",
     "mlp_sr",
     "auglocal",
+    "goodness",
+    "reconstruction",
+    "infopro",
+    "infopro_contrastive",
 )
 
 
-def option(name: str) -> str:
+@dataclass(frozen=True)
+class Option:
+    """
+    Attributes:
+        help: for ``--help``, without the default.
+        default: where it is not given.
+        kind: makes a value of a text; bool for a switch, which has a form ``--no-...``, too.
+        choices: the values that are allowed.
+        metavar: what stands for the value in ``--help``.
+        modes: the modes that have it.
+        defines: whether it decides what is computed, so that a resumed run must have the same.
+    """
+
+    help: str
+    default: Any = None
+    kind: Callable[[str], Any] = str
+    choices: tuple[str, ...] | None = None
+    metavar: str | None = None
+    modes: tuple[str, ...] = MODES
+    defines: bool = True
+
+
+_positive_int, _positive_float = positive(int), positive(float)
+
+GROUPS = {
+    "data": {
+        "data": Option("the data set", "digits", choices=DATA),
+        "data_dir": Option("folder of the data files; default: $LAYERWISE_DATA", kind=Path, defines=False),
+        "image_size": Option("of image-folder: its images are cut and resized to NxN", kind=_positive_int, metavar="N"),
+        "limit_train": Option("use the first N training images", kind=_positive_int, metavar="N"),
+        "validation": Option(
+            "hold out this share of each class's training images: metrics of each epoch, the best epoch and --patience "
+            "look at them, and the test images are used once, at the end. Without it they look at the test images, "
+            "and what is best was chosen on those", kind=fraction, metavar="FRACTION"),
+        "augment": Option("standard: random crops and flips as usual for the data set", "none",
+                          choices=("none", "standard")),
+        "cutout": Option("cover a random square of NxN pixels", kind=_positive_int, metavar="N"),
+        "classes_per_batch": Option("images of exactly K classes in each batch", kind=_positive_int, metavar="K"),
+    },
+    "network": {
+        "model": Option(
+            "vgg8b, vgg11b, vgg11 to vgg19, resnet18 to resnet152, resnet20 to resnet110, cnn, or widths and pools "
+            "such as 32,M,64,M", "vgg8b"),
+        "width_multiplier": Option("scales the widths", 1.0, _positive_float),
+        "downsampling": Option("where the resolution halves: standard, accelerated, or units such as 1,3,4,5",
+                               "standard"),
+        "activation": Option("leaky_relu is usual for similarity matching", "relu", choices=("relu", "leaky_relu")),
+        "init": Option("initial weights: as usual, or from BATCH_SIZE images", "default", choices=INITS),
+        "plain": Option("plain PyTorch layers instead of the fused ones", False, bool),
+    },
+    "method": {
+        "mode": Option("all layers on one loss, all stages at once on their own, one after another, or in processes",
+                       "local", choices=MODES),
+        "head": Option("the local loss of the stages", "pooled_linear", choices=HEADS),
+        "label_smoothing": Option("of cross-entropies", 0.0, float, metavar="SHARE"),
+        "deep_supervision": Option("of the hidden heads' losses, in joint training or within --blocks",
+                                   kind=_positive_float, metavar="WEIGHT", modes=("joint", "local")),
+        "blocks": Option("stages that are trained jointly, such as 2,2,1", modes=("local",)),
+        "checkpointing": Option("run stages again in the backward pass", False, bool, modes=("joint",), defines=False),
+        "ensemble": Option("test all heads together, too, with weights 2^n", False, bool,
+                           modes=("local", "greedy", "decoupled"), defines=False),
+        "workers": Option("processes; default: 2", kind=_positive_int, metavar="K", modes=("decoupled",)),
+        "partition": Option("in place of --workers the stages of each, such as 3,4; default: cut where the slowest "
+                            "worker has least to compute", modes=("decoupled",)),
+        "asynchronous": Option("train from replay buffers", False, bool, modes=("decoupled",)),
+        "buffer": Option("batches in a replay buffer; default: 16", kind=_positive_int, metavar="N",
+                         modes=("decoupled",)),
+        "pretrain": Option("before training, without labels: each layer as an autoencoder of the one before; denoising "
+                           "with a fifth of its inputs set to zero", choices=PRETRAININGS),
+        "pretrain_epochs": Option("of each layer; default: 10", kind=_positive_int, metavar="N"),
+    },
+    "optimisation": {
+        "epochs": Option("in all; for greedy, per stage", 10, _positive_int, defines=False),
+        "batch_size": Option("images", 128, _positive_int),
+        "optimizer": Option("sgd: momentum 0.9", "adam", choices=("adam", "sgd")),
+        "lr": Option("learning rate", 5e-4, _positive_float),
+        "lr_milestones": Option("epochs behind which the learning rate is multiplied by LR_DECAY, such as 50,75,89"),
+        "lr_decay": Option("default: 0.25", kind=_positive_float, metavar="FACTOR"),
+        "weight_decay": Option("of all parameters, as a part of the gradient", 0.0, not_negative(float)),
+        "accumulate": Option("batches to an update", 1, _positive_int, metavar="N"),
+        "clip_norm": Option("largest norm of the gradients of an optimiser", kind=_positive_float),
+        "ema_decay": Option("test and keep averaged weights, with this decay", kind=_positive_float),
+        "patience": Option(
+            "end a stage after N epochs without a smaller loss on the held-out images, and go back to its best epoch; "
+            "without --validation the test images choose", kind=_positive_int, metavar="N"),
+        "seed": Option("of initial weights, order, augmentation and held-out images", 0, int),
+    },
+    "machine": {
+        "dtype": Option("bfloat16: autocast", "float32", choices=("float32", "bfloat16")),
+        "device": Option("cpu, cuda or cuda:N; default: cuda where there is one", defines=False),
+        "threads": Option("default: all cores", kind=_positive_int, defines=False),
+        "cuda_graph": Option("run each step as a CUDA graph (see Trainer)", False, bool, defines=False),
+    },
+    "run": {
+        "output": Option("run folder; default: runs/DATA-MODEL-MODE", kind=Path, defines=False),
+        "resume": Option("go on from the checkpoint in the run folder", False, bool, defines=False),
+        "tensorboard": Option("log for TensorBoard into the run folder, too", False, bool, defines=False),
+    },
+}  # fmt: skip
+OPTIONS: dict[str, Option] = {name: each for group in GROUPS.values() for name, each in group.items()}
+DEFINING = tuple(name for name, each in OPTIONS.items() if each.defines)
+
+
+def flag(name: str) -> str:
     """As it is written on the command line."""
     return "--" + name.replace("_", "-")
 
 
-def add_options(train: argparse.ArgumentParser) -> None:
-    train.add_argument("--data", choices=DATA, default="digits")
-    train.add_argument("--data-dir", type=Path, help="folder of the data files; default: $LAYERWISE_DATA")
-    train.add_argument("--image-size", type=positive(int), metavar="N",
-                       help="of image-folder: its images are cut and resized to NxN")  # fmt: skip
-    train.add_argument("--model", default="vgg8b",
-                       help="vgg8b, vgg11b, vgg11 to vgg19, resnet18 to resnet152, resnet20 to resnet110, cnn, or "
-                       "widths and pools such as 32,M,64,M")  # fmt: skip
-    train.add_argument("--width-multiplier", type=positive(float), default=1.0)
-    train.add_argument("--downsampling", default="standard",
-                       help="where the resolution halves: standard, accelerated, or units such as 1,3,4,5")  # fmt: skip
-    train.add_argument("--mode", choices=MODES, default="local")
-    train.add_argument("--head", choices=HEADS, default="pooled_linear", help="the local loss of the stages")
-    train.add_argument("--activation", choices=("relu", "leaky_relu"), default="relu")
-    train.add_argument("--init", choices=INITS, default="default",
-                       help="initial weights: as usual, or from BATCH_SIZE images")  # fmt: skip
-    train.add_argument("--epochs", type=positive(int), default=10, help="in all; for greedy, per stage")
-    train.add_argument("--batch-size", type=positive(int), default=128)
-    train.add_argument("--lr", type=positive(float), default=5e-4)
-    train.add_argument("--optimizer", choices=("adam", "sgd"), default="adam")
-    train.add_argument("--accumulate", type=positive(int), default=1, metavar="N", help="batches to an update")
-    train.add_argument("--clip-norm", type=positive(float), help="largest norm of the gradients of an optimiser")
-    train.add_argument("--ema-decay", type=positive(float), help="test and keep averaged weights, with this decay")
-    train.add_argument("--patience", type=positive(int), metavar="N",
-                       help="end a stage after N epochs without a smaller test loss, and go back to the best one; "
-                       "accuracies are then those of weights that were chosen on the test images")  # fmt: skip
-    train.add_argument("--blocks", help="local: stages that are trained jointly, such as 2,2,1")
-    train.add_argument("--deep-supervision", type=positive(float), metavar="WEIGHT",
-                       help="joint, or local with --blocks: of the hidden heads' losses")  # fmt: skip
-    train.add_argument("--checkpointing", action="store_true", help="joint: run stages again in the backward pass")
-    train.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast")
-    train.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
-    train.add_argument("--cuda-graph", action="store_true", help="run each step as a CUDA graph (see Trainer)")
-    train.add_argument("--threads", type=positive(int), help="default: all cores")
-    train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--limit-train", type=positive(int), metavar="N", help="use the first N training images")
-    train.add_argument("--augment", choices=("none", "standard"), default="none",
-                       help="standard: random crops and flips as usual for the data set")  # fmt: skip
-    train.add_argument("--cutout", type=positive(int), metavar="N", help="cover a random square of NxN pixels")
-    train.add_argument("--classes-per-batch", type=positive(int), metavar="K",
-                       help="images of exactly K classes in each batch")  # fmt: skip
-    train.add_argument("--workers", type=positive(int), metavar="K", help="processes of --mode decoupled; default: 2")
-    train.add_argument("--asynchronous", action="store_true", default=None, help="for decoupled: from replay buffers")
-    train.add_argument("--buffer", type=positive(int), metavar="N", help="batches in such a buffer; default: 16")
-    train.add_argument("--plain", action="store_true", help="plain PyTorch layers instead of the fused ones")
-    train.add_argument("--output", type=Path, help="run folder; default: runs/DATA-MODEL-MODE")
-    train.add_argument("--resume", action="store_true", help="go on from the checkpoint in the run folder")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What is not given leaves no trace in what the parser gives: see :func:`layerwise_ext.cli.config.complete`."""
+    for title, group in GROUPS.items():
+        add = parser.add_argument_group(title).add_argument
+        for name, each in group.items():
+            text = each.help
+            if each.modes != MODES:
+                text = f"{', '.join(each.modes)}: {text}"
+            if each.default is not None and each.default is not False:
+                text += f" (default: {each.default})"
+            settings: dict[str, Any] = {"type": each.kind, "choices": each.choices, "metavar": each.metavar}
+            if each.kind is bool:
+                settings = {"action": argparse.BooleanOptionalAction}
+            add(flag(name), default=argparse.SUPPRESS, **settings).help = text

@@ -20,7 +20,11 @@ def add_parser(commands: Commands) -> None:
         help="how well each stage of a trained network separates the classes",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("checkpoint", type=Path, help="run folder of `train`, or its checkpoint.pt or backbone.pt")
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        help="run folder of `train`, its checkpoint.pt, or last.safetensors or best.safetensors of a run",
+    )
     parser.add_argument("--data-dir", type=Path, help="folder of the data files; default: $LAYERWISE_DATA")
     parser.add_argument("--limit-train", type=positive(int), metavar="N", help="use the first N training images")
     parser.add_argument("--dim", type=positive(int), default=1024, help="features of a stage, after pooling")
@@ -34,8 +38,9 @@ def run(arguments: argparse.Namespace) -> int:
     from layerwise_ext import data, probe
 
     path: Path = arguments.checkpoint
-    folder, file = (path, path / "checkpoint.pt") if path.is_dir() else (path.parent, path)
-    settings = run_folder.settings_of(folder)
+    file = run_folder.RunFolder(path).checkpoint if path.is_dir() else path
+    folder = file.parent
+    settings = run_folder.options_of(file)
     settings.data_dir = arguments.data_dir
     experiment.check_limit(settings.data, arguments.limit_train)
     device = device_of(arguments.device)
@@ -48,13 +53,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--output: {output.parent} cannot be made ({error.strerror})") from error
     set_threads(arguments.threads)
     try:
-        train_split, test_split = experiment.splits(settings)
-        normalization = data.Normalization.of(train_split.images)  # as in training
-        train_split = experiment.first(train_split, arguments.limit_train)
-        loaders = [data.MemoryLoader(s, min(512, len(s.labels)), normalization) for s in (train_split, test_split)]
         info = data.info(settings.data, settings.data_dir, image_size=settings.image_size)
-        model = experiment.build_model(settings, tuple(train_split.images.shape[1:]), info.num_classes)
-        run_folder.load_weights(model, file)
+        images = experiment.load_images(settings)
+        normalization = data.Normalization.of(images.train.images)  # as in training
+        splits = (experiment.first(images.train, arguments.limit_train), images.test)
+        loaders = [data.MemoryLoader(split, min(512, len(split.labels)), normalization) for split in splits]
+        model = experiment.build_model(experiment.network(settings, info, normalization))
+        run_folder.load_into(model, file)
         found = probe.separability(model.to(device), *loaders, dim=arguments.dim)
     except (data.DataError, ValueError) as error:
         raise UsageError(str(error)) from error

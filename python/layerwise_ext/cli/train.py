@@ -11,20 +11,25 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from layerwise_ext.cli import experiment, run_folder
-from layerwise_ext.cli.common import FAILED, INTERRUPTED, OK, UsageError, device_of, set_threads
-from layerwise_ext.cli.options import DEFINING, OF_MODES, add_options, option
+from layerwise_ext.cli import config, experiment, run_folder, trainers
+from layerwise_ext.cli.common import FAILED, INTERRUPTED, OK, UsageError, installed, set_threads
+from layerwise_ext.cli.options import MODES, OPTIONS, add_options, flag
+from layerwise_ext.cli.run_folder import Keeper, RunFolder
 
 if TYPE_CHECKING:
     from layerwise_ext.cli.common import Commands
+    from layerwise_ext.data import MemoryLoader
     from layerwise_ext.models import StagedModel
-    from layerwise_ext.train import Trainer
+    from layerwise_ext.train import AutoencoderPretrainer, Trainer
+    from layerwise_ext.train.evaluation import Batches
 
 
 def add_parser(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "train", help="train a network on your data", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = commands.add_parser("train", help="train a network on your data")
+    parser.add_argument(
+        "config", type=Path, nargs="?", metavar="CONFIG",
+        help="a YAML or TOML file with the options below as keys, such as config.yaml of a run; flags go over it",
+    )  # fmt: skip
     add_options(parser)
     parser.set_defaults(run=run)
 
@@ -32,26 +37,20 @@ def add_parser(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import torch
 
-    from layerwise_ext import data
+    from layerwise_ext import data, train
 
-    if arguments.mode == "joint" and arguments.head != "pooled_linear" and arguments.deep_supervision is None:
-        raise UsageError(f"--head is {arguments.head!r}, but --mode joint has no local losses; leave it out")
-    experiment.check_limit(arguments.data, arguments.limit_train)
-    for name, modes in OF_MODES.items():
-        if getattr(arguments, name) and arguments.mode not in modes:
-            raise UsageError(f"{option(name)} is for --mode {' or '.join(modes)}, not {arguments.mode}")
-    if arguments.buffer is not None and not arguments.asynchronous:
-        raise UsageError("--buffer is for --mode decoupled --asynchronous; leave it out")
-    output = arguments.output or Path("runs") / run_folder.default_name(arguments)
-    settings = {name: getattr(arguments, name) for name in DEFINING}
-    run_folder.check(output, settings, arguments.resume)
+    arguments = config.complete(arguments)
+    _check(arguments)
+    folder = RunFolder(arguments.output or Path("runs") / run_folder.default_name(arguments))
+    folder.check(arguments)
     set_threads(arguments.threads)
+    torch.manual_seed(arguments.seed)  # of the noise in pretraining; networks and loaders have their own generators
     try:
         info = data.info(arguments.data, arguments.data_dir, image_size=arguments.image_size)
-        train_split, test_split = experiment.splits(arguments)
-        normalization = data.Normalization.of(train_split.images)
+        images = experiment.load_images(arguments)
+        normalization = data.Normalization.of(images.train.images)
         loader = data.MemoryLoader(
-            train_split,
+            images.train,
             arguments.batch_size,
             normalization,
             shuffle=True,
@@ -60,91 +59,88 @@ def run(arguments: argparse.Namespace) -> int:
             classes_per_batch=arguments.classes_per_batch,
             seed=arguments.seed,
         )
-        test_loader = data.MemoryLoader(test_split, min(512, len(test_split.labels)), normalization)
-        model = experiment.build_model(arguments, tuple(train_split.images.shape[1:]), info.num_classes)
-        count, size = len(train_split.labels), arguments.batch_size
+        test_loader, val_loader = (
+            None if split is None else data.MemoryLoader(split, min(512, len(split.labels)), normalization)
+            for split in (images.test, images.validation)
+        )
+        assert test_loader is not None
+        network = experiment.network(arguments, info, normalization)
+        model = experiment.build_model(network)
+        count, size = len(images.train.labels), arguments.batch_size
         spread = torch.arange(size) * count // size  # files may be sorted by class
-        experiment.initialize_model(arguments, model, normalization.apply(train_split.images[spread]))
+        experiment.initialize_model(arguments, model, normalization.apply(images.train.images[spread]))
     except (data.DataError, ValueError) as error:
         raise UsageError(str(error)) from error
-    return _fit(arguments, output, settings, model, loader, test_loader)
+    batches: Batches = loader
+    if arguments.head == "goodness":
+        batches = train.LabelledPairs(loader, info.num_classes, seed=arguments.seed)
+    table = train.CSVLogger(folder.metrics, val_name="test" if val_loader is None else "validation")
+    trainer = trainers.trainer_of(arguments, model)
+    texts = run_folder.metadata(arguments, network)
+    keeper = Keeper(folder, trainer, val_loader or test_loader, table, texts)
+    status = _fit(arguments, keeper, trainers.pretrainer_of(arguments, model), loader, batches)
+    if status == OK:
+        _test(arguments, keeper, test_loader)
+    return status
 
 
-def _trainer(arguments: argparse.Namespace, model: StagedModel) -> Trainer:
-    import torch
-
-    from layerwise_ext import train
-
-    optimizers = {
-        "adam": lambda parameters: torch.optim.Adam(parameters, lr=arguments.lr),
-        "sgd": lambda parameters: torch.optim.SGD(parameters, lr=arguments.lr, momentum=0.9),
-    }
-    kinds = {
-        "joint": train.JointTrainer,
-        "local": train.LocalTrainer,
-        "greedy": train.GreedyTrainer,
-        "decoupled": train.DecoupledTrainer,
-    }
-    options: dict[str, Any] = {name: getattr(arguments, name) for name in OF_MODES if getattr(arguments, name)}
-    if arguments.mode == "decoupled":
-        options.setdefault("workers", 2)
-    try:
-        if "blocks" in options:
-            options["blocks"] = [int(size) for size in arguments.blocks.split(",")]
-    except ValueError as error:
-        raise UsageError(f"--blocks is {arguments.blocks!r}; numbers of stages such as 2,2,1 are allowed") from error
-    if arguments.patience is not None:
-        options["early_stopping"] = train.EarlyStopping(arguments.patience)
-    try:
-        return kinds[arguments.mode](
-            model,
-            optimizers[arguments.optimizer],
-            device=device_of(arguments.device),
-            autocast_dtype=torch.bfloat16 if arguments.dtype == "bfloat16" else None,
-            seed=arguments.seed,
-            cuda_graph=arguments.cuda_graph,
-            accumulate=arguments.accumulate,
-            clip_norm=arguments.clip_norm,
-            ema_decay=arguments.ema_decay,
-            **options,
-        )
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+def _check(arguments: argparse.Namespace) -> None:
+    """
+    Raises:
+        UsageError: options that have no meaning together, packages that are missing.
+    """
+    if arguments.mode == "joint" and arguments.head != "pooled_linear" and arguments.deep_supervision is None:
+        raise UsageError(f"--head is {arguments.head!r}, but --mode joint has no local losses; leave it out")
+    experiment.check_limit(arguments.data, arguments.limit_train)
+    for name, each in OPTIONS.items():
+        if each.modes != MODES and getattr(arguments, name) and arguments.mode not in each.modes:
+            raise UsageError(f"{flag(name)} is for --mode {' or '.join(each.modes)}, not {arguments.mode}")
+    for name, needed, how in (
+        ("buffer", "asynchronous", "--mode decoupled --asynchronous"),
+        ("lr_decay", "lr_milestones", "--lr-milestones"),
+        ("pretrain_epochs", "pretrain", "--pretrain"),
+    ):
+        if getattr(arguments, name) is not None and not getattr(arguments, needed):
+            raise UsageError(f"{flag(name)} is for {how}; leave it out")
+    installed("yaml", "a run folder")
+    installed("safetensors", "a run folder")
+    if arguments.tensorboard:
+        installed("torch.utils.tensorboard", "--tensorboard", "tensorboard")
 
 
 def _fit(
     arguments: argparse.Namespace,
-    output: Path,
-    settings: dict[str, Any],
-    model: StagedModel,
-    loader: Any,
-    test_loader: Any,
+    keeper: Keeper,
+    pretrainer: AutoencoderPretrainer | None,
+    loader: MemoryLoader,
+    batches: Batches,
 ) -> int:
-    from layerwise_ext import checkpoint
-    from layerwise_ext.models import StagedModel
-    from layerwise_ext.train import CSVLogger
+    """Pretraining, then training, or what is left of them; ``batches`` are what the trainer makes of ``loader``."""
+    from layerwise_ext.train import TensorBoardLogger
 
-    trainer = _trainer(arguments, model)
-    checkpoint_path = output / "checkpoint.pt"
-    if arguments.resume and checkpoint_path.is_file():
-        try:
-            trainer.load_state_dict(checkpoint.load(checkpoint_path))
-        except Exception as error:  # torch.load has no error type of its own for a damaged file
-            raise UsageError(f"--resume: {checkpoint_path} cannot be used ({error})") from error
-        print(f"resumed after epoch {trainer.epoch} of {output}")
-    output.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(output / "config.json", json.dumps(settings, indent=2) + "\n")
+    folder, trainer = keeper.folder, keeper.trainer
+    if arguments.resume and folder.checkpoint.is_file():
+        pretrainer = _resume(keeper, pretrainer)
+    folder.begin(arguments)
+    if keeper.trainer.epoch > 0:
+        keeper.write()
+    name = "test" if arguments.validation is None else "validation"
 
     def on_epoch_end(trainer: Trainer, record: dict[str, Any]) -> None:
-        checkpoint.save(checkpoint_path, trainer.state_dict())
-        print(_describe(record), flush=True)
+        keeper.on_epoch_end(trainer, record)
+        print(_describe(record, name), flush=True)
 
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        table = CSVLogger(output / "metrics.csv", val_name="test")
-        trainer.fit(loader, arguments.epochs, test_loader, on_epoch_end, [table])
+        if pretrainer is not None:
+            _pretrain(arguments, folder, pretrainer, loader)
+        callbacks = [TensorBoardLogger(folder.tensorboard)] if arguments.tensorboard else []
+        trainer.fit(batches, arguments.epochs, keeper.loader, on_epoch_end, callbacks)
     except KeyboardInterrupt:
-        print(f"\ninterrupted after epoch {trainer.epoch}; go on with the same command and --resume", file=sys.stderr)
+        epoch = f"epoch {trainer.epoch}"
+        if pretrainer is not None and trainer.epoch == 0:
+            epoch = f"epoch {pretrainer.epoch} of pretraining"
+        print(f"\ninterrupted after {epoch}; go on with the same command and --resume", file=sys.stderr)
         return INTERRUPTED
     except RuntimeError as error:
         if arguments.mode != "decoupled":
@@ -153,22 +149,84 @@ def _fit(
         return FAILED
     finally:
         signal.signal(signal.SIGTERM, before)
-    tested = StagedModel(trainer.ema_stages)  # with --ema-decay the averages, otherwise the model
-    checkpoint.save(output / "backbone.pt", tested.backbone_state_dict())
-    scores = trainer.evaluate(test_loader)
-    stages = " ".join(map(_number, scores["accuracy"]))
-    print(f"test accuracy {scores['final']:.4f} ({scores['samples']} images; by stage: {stages}); written to {output}")
     return OK
+
+
+def _resume(keeper: Keeper, pretrainer: AutoencoderPretrainer | None) -> AutoencoderPretrainer | None:
+    """Load the checkpoint; with what is left to pretrain, if anything is."""
+    from layerwise_ext import checkpoint
+
+    path = keeper.folder.checkpoint
+    try:
+        state = checkpoint.load(path)
+        if pretrainer is not None and state["trainer"] == type(pretrainer).__name__:
+            pretrainer.load_state_dict(state)
+            print(f"resumed after epoch {pretrainer.epoch} of pretraining, of {keeper.folder.path}")
+            return pretrainer
+        keeper.load(state)
+    except Exception as error:  # torch.load has no error type of its own for a damaged file
+        raise UsageError(f"--resume: {path} cannot be used ({error})") from error
+    print(f"resumed after epoch {keeper.trainer.epoch} of {keeper.folder.path}")
+    return None
+
+
+def _pretrain(
+    arguments: argparse.Namespace, folder: RunFolder, pretrainer: AutoencoderPretrainer, loader: MemoryLoader
+) -> None:
+    from layerwise_ext import checkpoint
+    from layerwise_ext.train import CSVLogger
+
+    table = CSVLogger(folder.pretraining)
+
+    def on_epoch_end(pretrainer: AutoencoderPretrainer, record: dict[str, Any]) -> None:
+        checkpoint.save(folder.checkpoint, pretrainer.state_dict())
+        table.write(pretrainer.history)
+        loss, seconds = record["train_loss"][0], record["seconds"]
+        layer = record["stages"][0]
+        print(f"pretraining, epoch {record['epoch']}: layer {layer}, loss {loss:.4f}, {seconds:.1f} s", flush=True)
+
+    pretrainer.fit(loader, arguments.pretrain_epochs or trainers.PRETRAIN_EPOCHS, on_epoch_end)
+    table.write(pretrainer.history)  # of a run that was killed before it did
+
+
+def _test(arguments: argparse.Namespace, keeper: Keeper, loader: MemoryLoader) -> None:
+    """The only look at the test images, if there are others to choose by."""
+    from layerwise_ext import checkpoint
+
+    folder, trainer = keeper.folder, keeper.trainer
+    scores = trainer.evaluate(loader, ensemble=arguments.ensemble)
+    best: dict[str, Any] = {**(keeper.best or {}), "accuracy_on": keeper.metadata["accuracy_on"]}
+    if arguments.validation is None:
+        best["test_accuracy"] = best["accuracy"]
+    else:
+        run_folder.load_into(_tested(trainer), folder.best)
+        best["test_accuracy"] = trainer.evaluate(loader)["final"]
+    accuracies = [None if math.isnan(value) else value for value in scores["accuracy"]]
+    result = {"epoch": trainer.epoch, **scores, "accuracy": accuracies, "best": best}
+    checkpoint.write_text(folder.result, json.dumps(result, indent=2) + "\n")
+    together = f"; all heads together: {scores['ensemble']:.4f}" if arguments.ensemble else ""
+    stages = " ".join(map(_number, scores["accuracy"]))
+    print(f"test accuracy {scores['final']:.4f} ({scores['samples']} images; by stage: {stages}{together})")
+    chosen = f"{best['accuracy']:.4f} of the {best['accuracy_on']}"
+    print(f"best epoch {best['epoch']}, chosen by {chosen}: test accuracy {best['test_accuracy']:.4f}")
+    print(f"written to {folder.path}")
+
+
+def _tested(trainer: Trainer) -> StagedModel:
+    """What is evaluated: with --ema-decay the averages."""
+    from layerwise_ext.models import StagedModel
+
+    return StagedModel(trainer.ema_stages)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _describe(record: dict[str, Any]) -> str:
+def _describe(record: dict[str, Any], name: str) -> str:
     return (
         f"epoch {record['epoch']}: stage {record['stages'][-1]}, train loss {record['train_loss'][-1]:.4f}, "
-        f"accuracy {_number(record['train_accuracy'][-1])}, test accuracy {_number(record['val_accuracy'][-1])}, "
+        f"accuracy {_number(record['train_accuracy'][-1])}, {name} accuracy {_number(record['val_accuracy'][-1])}, "
         f"{record['seconds']:.1f} s"
     )
 

@@ -2,8 +2,8 @@
 
 :func:`load` reads a data set by name, :func:`info` says what it is, :mod:`layerwise_ext.data.files` has a reader for
 each format. :class:`MemoryLoader` makes batches, with :class:`Augment` changed at random, of a few classes each where
-they are asked for; :func:`subset` takes a few images of each class. Nothing is unpickled, and only :func:`download`
-uses the network.
+they are asked for; :func:`subset` takes a few images of each class, :func:`hold_out` takes out a share of each. Nothing
+is unpickled, and only :func:`download` uses the network.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from layerwise_ext.data.files import (
 from layerwise_ext.data.loader import MemoryLoader, Normalization
 from layerwise_ext.data.sampler import ClassBatchSampler
 from layerwise_ext.data.sets import DATA_DIR_VARIABLE, NAMES, Info, info, load
-from layerwise_ext.data.subset import subset
+from layerwise_ext.data.subset import hold_out, subset
 
 __all__ = [
     "DATA_DIR_VARIABLE",
@@ -41,6 +41,7 @@ __all__ = [
     "RandomFlip",
     "Split",
     "download",
+    "hold_out",
     "image_folder_classes",
     "info",
     "load",

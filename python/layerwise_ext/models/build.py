@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -13,13 +14,17 @@ from layerwise_ext.models.staged import StagedModel
 from layerwise_ext.nn import (
     ContrastiveHead,
     ConvHead,
+    GoodnessHead,
+    InfoProHead,
     LocalHead,
     LocalStage,
     MLPSRHead,
     ModuleHead,
     PooledLinearHead,
     PredSimHead,
+    ReconstructionHead,
     SimilarityHead,
+    infopro_weights,
 )
 
 HEADS = (
@@ -32,7 +37,13 @@ HEADS = (
     "conv",
     "mlp_sr",
     "auglocal",
+    "goodness",
+    "reconstruction",
+    "infopro",
+    "infopro_contrastive",
 )
+# They need more of a network than a map: its units, or a normalisation in front of each.
+OF_NETWORKS = ("auglocal", "goodness")
 ACTIVATIONS = ("relu", "leaky_relu")
 
 # Units of the first stage's auxiliary network of 'auglocal', and by how much it is shorter at the last one.
@@ -54,34 +65,55 @@ class Heads(NamedTuple):
     bins: int | tuple[int, int] | None
     dim: int
     beta: float
+    label_smoothing: float
+    image_channels: int
+    image_mean: float | Sequence[float]
+    image_std: float | Sequence[float]
 
     def check(self) -> None:
         """
         Raises:
-            ValueError: an unknown head.
+            ValueError: an unknown head, or label smoothing where there is no cross-entropy.
         """
         if self.head not in HEADS:
             raise ValueError(f"head is {self.head!r}; allowed: {', '.join(map(repr, HEADS))}")
+        if self.head == "goodness" and self.label_smoothing:
+            raise ValueError(f"label_smoothing is {self.label_smoothing} with head 'goodness'; allowed: 0")
 
-    def build(self, channels: int, size: tuple[int, int], *, is_output: bool, pooled_output: bool) -> LocalHead:
-        """The head of a stage whose map has ``size``; that of the output is always a classifier."""
+    def build(self, channels: int, size: tuple[int, int], index: int, stages: int, *, pooled_output: bool) -> LocalHead:
+        """The head of a stage, the index-th of so many, whose map has ``size``; that of the output, the last one, tells
+        the classes apart whatever the others do."""
+        is_output = index == stages - 1
         grid = _largest_grid(channels, size, self.dim) if self.bins is None else _clip(self.bins, size)
         if is_output and pooled_output and self.bins is None:
             grid = (1, 1)
         kind, _, form = self.head.partition("_")
         # Of a map of one element a 3x3 kernel would see its middle only.
         projection: dict[str, Any] = {"project": form == "projected", "kernel_size": 1 if size == (1, 1) else 3}
+        classifier: dict[str, Any] = {"zero_init": True, "label_smoothing": self.label_smoothing}
+        image: dict[str, Any] = {"image_channels": self.image_channels, "mean": self.image_mean, "std": self.image_std}
+        if kind == "goodness":
+            return GoodnessHead(num_classes=self.num_classes)
         if kind == "predsim":
-            return PredSimHead(channels, self.num_classes, grid, self.beta, zero_init=True, **projection)
-        if kind == "similarity" and not is_output:
+            return PredSimHead(channels, self.num_classes, grid, self.beta, **classifier, **projection)
+        if is_output:
+            return PooledLinearHead(channels, self.num_classes, grid, **classifier)
+        if kind == "similarity":
             return SimilarityHead(channels, self.num_classes, **projection)
-        if kind == "contrastive" and not is_output:
+        if kind == "contrastive":
             return ContrastiveHead(channels, grid)
-        if self.head == "conv" and not is_output:
-            return ConvHead(channels, self.num_classes, bins=_clip(2, size), zero_init=True)
-        if self.head == "mlp_sr" and not is_output:
-            return MLPSRHead(channels, self.num_classes, size, zero_init=True)
-        return PooledLinearHead(channels, self.num_classes, grid, zero_init=True)
+        if self.head == "conv":
+            return ConvHead(channels, self.num_classes, bins=_clip(2, size), **classifier)
+        if self.head == "mlp_sr":
+            return MLPSRHead(channels, self.num_classes, size, **classifier)
+        if kind == "reconstruction":
+            return ReconstructionHead(channels, **image)
+        if kind == "infopro":
+            task = form or "softmax"
+            weights = infopro_weights(stages - 1)[index]
+            smoothing = self.label_smoothing if task == "softmax" else 0.0
+            return InfoProHead(channels, self.num_classes, task, weights=weights, label_smoothing=smoothing, **image)
+        return PooledLinearHead(channels, self.num_classes, grid, **classifier)
 
 
 def staged(
@@ -104,6 +136,11 @@ def staged(
     heads.check()
     if min(image_size) < 1:
         raise ValueError(f"image_size is {tuple(image_size)}; both must be at least 1")
+    if heads.head == "goodness" and in_channels * image_size[0] * image_size[1] < heads.num_classes:
+        raise ValueError(
+            f"num_classes is {heads.num_classes}, but images {[in_channels, *image_size]} have fewer elements for "
+            "labels, which head 'goodness' writes into them"
+        )
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             # The CPU's generator only, which draws all initial values; torch.manual_seed would reseed CUDA as well.
@@ -115,12 +152,14 @@ def staged(
         x = torch.zeros(1, in_channels, *image_size)
         for index, unit in enumerate(units):
             body = unit.body(x.shape)
+            if heads.head == "goodness":  # the length of its input would tell a stage how good that is
+                norm = nn.RMSNorm(x.shape[1:], elementwise_affine=False)
+                body = nn.Sequential(OrderedDict(norm=norm, block=body))
             inputs.append(x.shape)
             x = output_of(body, x)
             outputs.append(x.shape)
-            head = heads.build(
-                x.shape[1], (x.shape[2], x.shape[3]), is_output=unit is units[-1], pooled_output=pooled_output
-            )
+            size = (x.shape[2], x.shape[3])
+            head = heads.build(x.shape[1], size, index, len(units), pooled_output=pooled_output)
             stages.append(LocalStage(body, head, downsample=unit.downsample))
             reduction = stages[-1].downsample
             if reduction is not None:
@@ -132,12 +171,12 @@ def staged(
                 x = reduction(x)
         if heads.head == "auglocal":
             for index, stage in enumerate(stages[:-1]):
-                stage.head = _of_later_units(units, inputs, outputs[index], index, heads.num_classes)
+                stage.head = _of_later_units(units, inputs, outputs[index], index, heads)
     return StagedModel(stages, downsampling=downsampling)
 
 
 def _of_later_units(
-    units: Sequence[Unit], inputs: Sequence[torch.Size], shape: torch.Size, index: int, num_classes: int
+    units: Sequence[Unit], inputs: Sequence[torch.Size], shape: torch.Size, index: int, heads: Heads
 ) -> ModuleHead:
     """A small network like the rest of this one: evenly spaced later units, the last one among them.
 
@@ -157,10 +196,11 @@ def _of_later_units(
             x = modules[-1](x)
         modules.append(units[chosen].body(x.shape))
         x = output_of(modules[-1], x)
-    linear = nn.Linear(x.shape[1], num_classes)
+    linear = nn.Linear(x.shape[1], heads.num_classes)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
-    return ModuleHead(nn.Sequential(*modules, nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear))
+    row = nn.Sequential(*modules, nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
+    return ModuleHead(row, label_smoothing=heads.label_smoothing)
 
 
 def output_of(body: nn.Module, x: Tensor) -> Tensor:

@@ -49,6 +49,9 @@ def resnet(
     fused: bool = True,
     head: str = "pooled_linear",
     beta: float = 0.99,
+    label_smoothing: float = 0.0,
+    image_mean: float | Sequence[float] = 0.0,
+    image_std: float | Sequence[float] = 1.0,
     activation: str = "relu",
     seed: int | None = None,
 ) -> StagedModel:
@@ -75,8 +78,8 @@ def resnet(
             keeps the resolution of the one before; or the units, from 0 (the stem), that work at half the resolution of
             the one before (:mod:`layerwise_ext.models.schedule`). ResNet-18 has ``[3, 5, 7]``, accelerated
             ``[0, 3, 5]``. What the stem for ImageNet halves comes on top; accelerated, its first group is the next.
-        bins, dim, fused, head, beta, activation, seed: those of :func:`~layerwise_ext.models.vgg`; the output head has
-            one cell where ``bins`` is None.
+        bins, dim, fused, head, beta, label_smoothing, image_mean, image_std, activation, seed: those of
+            :func:`~layerwise_ext.models.vgg`; the output head has one cell where ``bins`` is None.
 
     Raises:
         ValueError: an unknown ``config``, ``block``, ``stem``, ``downsampling``, ``head`` or ``activation``; an image
@@ -108,7 +111,7 @@ def resnet(
             units.append(build.Unit(_Block(kind, inner, stride, activation, fused)))
     return build.staged(
         units,
-        build.Heads(head, num_classes, bins, dim, beta),
+        build.Heads(head, num_classes, bins, dim, beta, label_smoothing, in_channels, image_mean, image_std),
         in_channels=in_channels,
         image_size=image_size,
         pooled_output=True,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from layerwise_ext.models.build import Heads, evaluating
+from layerwise_ext.models.build import OF_NETWORKS, Heads, evaluating
 from layerwise_ext.models.staged import StagedModel
 from layerwise_ext.models.summary import Cost, costs
 from layerwise_ext.nn import (
@@ -37,6 +37,9 @@ def split(
     bins: int | tuple[int, int] | None = None,
     dim: int = 1024,
     beta: float = 0.99,
+    label_smoothing: float = 0.0,
+    image_mean: float | Sequence[float] = 0.0,
+    image_std: float | Sequence[float] = 1.0,
 ) -> StagedModel:
     """Cut a network into stages with local losses; within a stage it is trained jointly.
 
@@ -57,7 +60,8 @@ def split(
         input_size: ``(C, H, W)`` of an image.
         balance: with a number of stages, what the most expensive stage is to have least of: ``'memory'``, the outputs
             of convolutions, which training keeps; ``'operations'``; or ``'units'``.
-        head, bins, dim, beta: of the local heads that are added, see :func:`~layerwise_ext.models.vgg`.
+        head, bins, dim, beta, label_smoothing, image_mean, image_std: of the local heads that are added, see
+            :func:`~layerwise_ext.models.vgg`.
 
     Raises:
         TypeError: ``model`` does not give logits ``[N, num_classes]``.
@@ -68,8 +72,8 @@ def split(
         raise ValueError(f"balance is {balance!r}; allowed: {', '.join(map(repr, BALANCES))}")
     if len(input_size) != 3 or min(input_size) < 1:
         raise ValueError(f"input_size is {tuple(input_size)}; allowed: three positive numbers (C, H, W)")
-    if head == "auglocal":
-        raise ValueError("head is 'auglocal', which is built of a network's units: give it to models.vgg or resnet")
+    if head in OF_NETWORKS:
+        raise ValueError(f"head is {head!r}, which is made with a network's units: give it to models.vgg or resnet")
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise ValueError(f"{type(model).__name__} has no parameters to train")
@@ -78,7 +82,8 @@ def split(
         logits = model(images)
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             raise TypeError(f"{type(model).__name__} must give logits [N, num_classes] of {list(images.shape)}")
-        heads = Heads(head, logits.shape[1], bins, dim, beta)
+        image = (input_size[0], image_mean, image_std)
+        heads = Heads(head, logits.shape[1], bins, dim, beta, label_smoothing, *image)
         heads.check()
         if isinstance(model, StagedModel):
             units = [_Unit([stage.body], stage) for stage in model]
@@ -88,7 +93,7 @@ def split(
             _check_row(model, [m for unit in units for m in unit.modules], output, images)
         found, sizes = _costs(units, images[:1])
     starts = _starts(stages, [_cost(unit_costs, balance) for unit_costs in found])
-    result = []
+    result: list[LocalStage] = []
     for start, end in itertools.pairwise([*starts, len(units)]):
         last, size = units[end - 1], sizes[end - 1]
         body = _row(units[start:end])
@@ -98,7 +103,7 @@ def split(
         if end == len(units):
             local: LocalHead = _output_head(output, size)
         else:
-            local = heads.build(size[0], size[1:], is_output=False, pooled_output=True)
+            local = heads.build(size[0], size[1:], len(result), len(starts), pooled_output=True)
             local.to(parameter.device, parameter.dtype)
         result.append(LocalStage(body, local))
     staged = StagedModel(result, model.downsampling if isinstance(model, StagedModel) else None)

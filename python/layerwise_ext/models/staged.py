@@ -6,9 +6,11 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
-from layerwise_ext.nn import ClassifierHead, LocalStage
+from layerwise_ext.nn import ClassifierHead, LocalStage, label_goodness
+from layerwise_ext.nn.goodness import label_classes
 
 
 class StagedModel(nn.Module):
@@ -20,7 +22,8 @@ class StagedModel(nn.Module):
 
     Args:
         stages: at least one; the last one's head must be a :class:`~layerwise_ext.nn.ClassifierHead`, such as
-            a :class:`~layerwise_ext.nn.PooledLinearHead` or a :class:`~layerwise_ext.nn.PredSimHead`.
+            a :class:`~layerwise_ext.nn.PooledLinearHead` or a :class:`~layerwise_ext.nn.PredSimHead`, or, for a network
+            of forward-forward training, a :class:`~layerwise_ext.nn.GoodnessHead` with ``num_classes``.
         downsampling: the schedule that the network was built by, for reports (:mod:`layerwise_ext.models.schedule`);
             None where there was none.
     """
@@ -31,10 +34,10 @@ class StagedModel(nn.Module):
         super().__init__()
         if not stages:
             raise ValueError("stages is empty; a network needs at least one stage")
-        if not isinstance(stages[-1].head, ClassifierHead):
+        if not isinstance(stages[-1].head, ClassifierHead) and label_classes(stages) is None:
             raise TypeError(
                 f"the last head is {type(stages[-1].head).__name__}; the output needs a classifier: PooledLinearHead, "
-                "PredSimHead or another ClassifierHead"
+                "PredSimHead or another ClassifierHead, or a GoodnessHead with num_classes"
             )
         self.stages = nn.ModuleList(stages)
         self.downsampling = downsampling
@@ -51,7 +54,9 @@ class StagedModel(nn.Module):
         return stage
 
     def forward(self, images: Tensor) -> Tensor:
-        """``[N, in_channels, H, W]`` to logits ``[N, num_classes]``."""
+        """``[N, in_channels, H, W]`` to logits ``[N, num_classes]``; in forward-forward the goodness of each label."""
+        if label_classes(self) is not None:
+            return torch.stack(label_goodness(self, images)).sum(0)
         *hidden, last = self
         x = images
         for stage in hidden:
@@ -63,7 +68,7 @@ class StagedModel(nn.Module):
         """The network without its local heads, as a plain ``nn.Sequential`` that shares all modules with this one.
 
         Children ``stage0``, ``stage1``, ..., ``downsample0``, ... behind those stages that have one, and ``output``
-        (pooling, flatten, linear).
+        (pooling, flatten, linear); in forward-forward, whose goodness has no parameters, without it.
         """
         children: OrderedDict[str, nn.Module] = OrderedDict()
         for i, stage in enumerate(self):
@@ -71,8 +76,8 @@ class StagedModel(nn.Module):
             if stage.downsample is not None:
                 children[f"downsample{i}"] = stage.downsample
         head = self[-1].head
-        assert isinstance(head, ClassifierHead)
-        children["output"] = head.to_modules()
+        if isinstance(head, ClassifierHead):
+            children["output"] = head.to_modules()
         return nn.Sequential(children)
 
     def backbone_state_dict(self) -> dict[str, Tensor]:

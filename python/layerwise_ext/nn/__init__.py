@@ -6,7 +6,7 @@ from layerwise_ext.nn.auxiliary import ConvHead, MLPSRHead
 from layerwise_ext.nn.chain import FusedChain, Residual
 from layerwise_ext.nn.contrastive import ContrastiveHead
 from layerwise_ext.nn.conv import AcceleratedDownsample2d, ConvBNReLU2d, revert_sync_batchnorm
-from layerwise_ext.nn.goodness import GoodnessHead
+from layerwise_ext.nn.goodness import GoodnessHead, label_goodness, write_labels
 from layerwise_ext.nn.heads import (
     ClassifierHead,
     FunctionHead,
@@ -43,5 +43,7 @@ __all__ = [
     "SimilarityHead",
     "StageOutput",
     "infopro_weights",
+    "label_goodness",
     "revert_sync_batchnorm",
+    "write_labels",
 ]

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from layerwise_ext import functional
 from layerwise_ext.nn.conv import ConvBNReLU2d
-from layerwise_ext.nn.heads import HeadOutput, LocalHead, check_features, check_target, cross_entropy
+from layerwise_ext.nn.heads import (
+    HeadOutput,
+    LocalHead,
+    check_features,
+    check_label_smoothing,
+    check_target,
+    cross_entropy,
+)
 from layerwise_ext.nn.moments import PooledMoments
 
 LOSSES = ("bce", "mse")
@@ -118,13 +125,15 @@ class InfoProHead(LocalHead):
         weights: of the two losses; see :func:`infopro_weights`.
         image_channels, mean, std: as of :class:`ReconstructionHead`, which is the child ``reconstruction``.
         features, temperature: of the contrastive task.
+        label_smoothing: of the cross-entropy, as in ``torch.nn.functional.cross_entropy``.
 
     Shapes:
         those of :class:`ReconstructionHead`; target ``[N]``, int64, -100 for a sample without a label. Logits with
         ``'softmax'``.
 
     Raises:
-        ValueError: an unknown ``task``; negative ``weights``; a target of another shape or out of range.
+        ValueError: an unknown ``task``; negative ``weights``; ``label_smoothing`` out of range, or with
+            ``'contrastive'``; a target of another shape or out of range.
         TypeError: a target that is not int64.
     """
 
@@ -145,12 +154,15 @@ class InfoProHead(LocalHead):
         std: float | Sequence[float] = 1.0,
         features: int = 128,
         temperature: float = 0.07,
+        label_smoothing: float = 0.0,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__()
         if task not in TASKS:
             raise ValueError(f"task is {task!r}; allowed: {', '.join(map(repr, TASKS))}")
+        if label_smoothing and task == "contrastive":
+            raise ValueError(f"label_smoothing is {label_smoothing}; allowed with task 'contrastive': 0")
         if len(weights) != 2 or min(weights) < 0:
             raise ValueError(f"weights are {tuple(weights)}; allowed: two numbers of at least 0")
         if not temperature > 0:
@@ -159,6 +171,7 @@ class InfoProHead(LocalHead):
         self.task = task
         self.weights = (float(weights[0]), float(weights[1]))
         self.temperature = temperature
+        self.label_smoothing = check_label_smoothing(label_smoothing)
         factory = {"device": device, "dtype": dtype}
         self.reconstruction = ReconstructionHead(in_channels, image_channels, mean=mean, std=std, **factory)
         self.conv = ConvBNReLU2d(in_channels, in_channels, 3, padding=1, **factory)
@@ -179,7 +192,7 @@ class InfoProHead(LocalHead):
             return HeadOutput(logits, None)
         check_target(target, projected)
         if logits is not None:
-            task = cross_entropy(logits, target)
+            task = cross_entropy(logits, target, self.label_smoothing)
         else:
             task = functional.supervised_contrastive_loss(projected, target, temperature=self.temperature)
         recovered = self.reconstruction(moments, target).loss

@@ -7,6 +7,7 @@ from layerwise_ext.train.callbacks import Callback, CSVLogger, TensorBoardLogger
 from layerwise_ext.train.common import Trainer
 from layerwise_ext.train.decoupled import DecoupledTrainer
 from layerwise_ext.train.early_stopping import EarlyStopping
+from layerwise_ext.train.forward_forward import LabelledPairs
 from layerwise_ext.train.greedy import GreedyTrainer
 from layerwise_ext.train.joint import JointTrainer
 from layerwise_ext.train.local import LocalTrainer
@@ -21,6 +22,7 @@ __all__ = [
     "EarlyStopping",
     "GreedyTrainer",
     "JointTrainer",
+    "LabelledPairs",
     "LocalTrainer",
     "Record",
     "ReplayBuffer",

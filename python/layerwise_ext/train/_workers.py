@@ -267,7 +267,9 @@ class Processes:
         # In memory: a file would outlive a process that is killed.
         listener = socket.create_server((_HOST, 0))
         port: int = listener.getsockname()[1]
-        self._store = dist.TCPStore(_HOST, port, is_master=True, master_listen_fd=listener.detach())
+        self._store = dist.TCPStore(  # type: ignore[attr-defined]
+            _HOST, port, is_master=True, master_listen_fd=listener.detach()
+        )
         self._reports: dict[int, State] = {}
         self._processes: list[Any] = []
         self._connections: list[Any] = []
@@ -384,7 +386,7 @@ def _main(connection: Any, port: int) -> None:
             torch.set_num_threads(job.threads)
         if job.device.type == "cuda":
             torch.cuda.set_device(job.device)
-        store = dist.TCPStore(_HOST, port, is_master=False)
+        store = dist.TCPStore(_HOST, port, is_master=False)  # type: ignore[attr-defined]
         dist.init_process_group(job.backend, store=store, rank=job.rank, world_size=job.layout.processes)
         part = Part(job)
         connection.send_bytes(_encode({}))

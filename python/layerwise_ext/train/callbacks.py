@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,11 +56,15 @@ class CSVLogger(Callback):
         self.val_name = val_name
 
     def on_epoch_end(self, trainer: Trainer, record: Record) -> None:
+        self.write(trainer.history)
+
+    def write(self, history: Sequence[Record]) -> None:
+        """The table of a whole history, such as that of a trainer which goes on from a checkpoint."""
         names = ["train_loss", "train_accuracy", f"{self.val_name}_loss", f"{self.val_name}_accuracy"]
         with checkpoint.replacing(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["epoch", "stage", *names, "seconds"])
-            for each in trainer.history:
+            for each in history:
                 for stage, values in _by_stage(each):
                     columns = [values.get(name, "") for name in _METRICS]
                     writer.writerow([each["epoch"], stage, *columns, each["seconds"]])

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from layerwise_ext import _graphs
 from layerwise_ext.nn import LocalStage
+from layerwise_ext.nn.goodness import label_classes
 from layerwise_ext.train import optimizers, precision, random_state
 from layerwise_ext.train.callbacks import Callback, FunctionCallback
 from layerwise_ext.train.early_stopping import EarlyStopping, Watch
@@ -254,6 +255,7 @@ class Trainer(Resumable, Evaluator):
         for index, stage in enumerate(self.stages):
             if not isinstance(stage, LocalStage):
                 raise TypeError(f"stages[{index}] is {type(stage).__name__}; a LocalStage is needed")
+        label_classes(self.stages)
 
     def fit(
         self,

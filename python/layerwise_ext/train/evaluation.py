@@ -11,7 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from layerwise_ext.nn import LocalStage, StageOutput
+from layerwise_ext.nn import GoodnessHead, HeadOutput, LocalStage, label_goodness
+from layerwise_ext.nn.goodness import label_classes
 from layerwise_ext.train.metrics import Metrics, step_result
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -102,17 +103,34 @@ class Evaluator(ABC):
             raise RuntimeError("data gave no batches; there is nothing to predict")
         return torch.cat(logits).softmax(1) if probabilities else torch.cat(logits)
 
-    def _outputs(self, x: Tensor, reported: list[int], target: Tensor | None = None) -> list[StageOutput]:
+    def _outputs(self, x: Tensor, reported: list[int], target: Tensor | None = None) -> list[HeadOutput]:
         """Of each of these stages."""
+        stages = self.ema_stages[: reported[-1] + 1]
+        if label_classes(stages) is not None:
+            return self._outputs_by_label(stages, x, reported, target)
         outputs, images = [], x
         with self._autocast():
-            for index, stage in enumerate(self.ema_stages[: reported[-1] + 1]):
+            for index, stage in enumerate(stages):
                 if index in reported:
-                    outputs.append(stage(x, target, images))
-                    x = outputs[-1].features
+                    x, loss, logits = stage(x, target, images)
+                    outputs.append(HeadOutput(logits, loss))
                 else:
                     x = stage.features(x)
         return outputs
+
+    def _outputs_by_label(
+        self, stages: list[LocalStage], images: Tensor, reported: list[int], target: Tensor | None
+    ) -> list[HeadOutput]:
+        """Of forward-forward: the logits of a stage are the goodness of each label, with that of the stages before."""
+        with self._autocast():
+            found = label_goodness(stages, images)
+        outputs, logits = {}, torch.zeros_like(found[0])
+        for index in self._reported():  # those in front of the reported ones have their part, too
+            head = cast(GoodnessHead, stages[index].head)
+            logits = logits + found[index]
+            loss = None if target is None else head.label_loss(found[index], target)
+            outputs[index] = HeadOutput(logits, loss)
+        return [outputs[index] for index in reported]
 
     @contextmanager
     def _eval_mode(self) -> Iterator[None]:

@@ -39,7 +39,8 @@ def restore(state: dict[str, Any], loader: Any, device: torch.device) -> None:
 
 
 def _generators(loader: Any) -> Iterator[torch.Generator]:
-    """``generator`` of the loader, of its sampler, of its batch sampler and of that one's sampler, each once."""
+    """``generator`` of the loader, of its sampler, of its batch sampler and of that one's sampler, each once, and those
+    of a loader that it is around."""
     sampler = getattr(loader, "sampler", None)
     batch_sampler = getattr(loader, "batch_sampler", None)
     seen: set[int] = set()
@@ -48,3 +49,5 @@ def _generators(loader: Any) -> Iterator[torch.Generator]:
         if isinstance(generator, torch.Generator) and id(generator) not in seen:
             seen.add(id(generator))
             yield generator
+    if hasattr(loader, "loader"):
+        yield from _generators(loader.loader)

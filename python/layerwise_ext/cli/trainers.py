@@ -1,0 +1,116 @@
+"""Trainers from the options of ``train``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from layerwise_ext.cli.common import UsageError, device_of
+from layerwise_ext.cli.options import flag
+
+if TYPE_CHECKING:
+    from layerwise_ext.models import StagedModel
+    from layerwise_ext.train import AutoencoderPretrainer, Trainer
+    from layerwise_ext.train.optimizers import OptimizerFactory, SchedulerFactory
+
+# Share of a layer's inputs that denoising sets to zero, and epochs of each layer.
+NOISE, PRETRAIN_EPOCHS = 0.2, 10
+# arXiv 1901.06656
+LR_DECAY = 0.25
+
+
+def trainer_of(arguments: argparse.Namespace, model: StagedModel) -> Trainer:
+    """
+    Raises:
+        UsageError: options that the trainer does not allow.
+    """
+    import torch
+
+    from layerwise_ext import train
+
+    kinds = {
+        "joint": train.JointTrainer,
+        "local": train.LocalTrainer,
+        "greedy": train.GreedyTrainer,
+        "decoupled": train.DecoupledTrainer,
+    }
+    names = ("deep_supervision", "checkpointing", "workers", "asynchronous", "buffer")
+    options: dict[str, Any] = {name: getattr(arguments, name) for name in names if getattr(arguments, name)}
+    if arguments.blocks is not None:
+        options["blocks"] = _numbers(arguments, "blocks", "numbers of stages such as 2,2,1")
+    if arguments.partition is not None:
+        options["partition"] = _numbers(arguments, "partition", "numbers of stages such as 3,4")
+    elif arguments.mode == "decoupled":
+        options.setdefault("workers", 2)
+    if arguments.patience is not None:
+        options["early_stopping"] = train.EarlyStopping(arguments.patience)
+    try:
+        return kinds[arguments.mode](
+            model,
+            _optimizer(arguments),
+            scheduler=_scheduler(arguments),
+            device=device_of(arguments.device),
+            autocast_dtype=torch.bfloat16 if arguments.dtype == "bfloat16" else None,
+            seed=arguments.seed,
+            cuda_graph=arguments.cuda_graph,
+            accumulate=arguments.accumulate,
+            clip_norm=arguments.clip_norm,
+            ema_decay=arguments.ema_decay,
+            **options,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def pretrainer_of(arguments: argparse.Namespace, model: StagedModel) -> AutoencoderPretrainer | None:
+    """None without --pretrain.
+
+    Raises:
+        UsageError: a network whose layers cannot be pretrained.
+    """
+    from layerwise_ext import train
+
+    if arguments.pretrain is None:
+        return None
+    try:
+        return train.AutoencoderPretrainer(
+            model,
+            _optimizer(arguments),
+            noise=NOISE if arguments.pretrain == "denoising" else 0.0,
+            device=device_of(arguments.device),
+            seed=arguments.seed,
+        )
+    except ValueError as error:
+        raise UsageError(f"--pretrain: {error}") from error
+
+
+def _optimizer(arguments: argparse.Namespace) -> OptimizerFactory:
+    import torch
+
+    options = {"lr": arguments.lr, "weight_decay": arguments.weight_decay}
+    if arguments.optimizer == "sgd":
+        return lambda parameters: torch.optim.SGD(parameters, momentum=0.9, **options)
+    return lambda parameters: torch.optim.Adam(parameters, **options)
+
+
+def _scheduler(arguments: argparse.Namespace) -> SchedulerFactory | None:
+    from torch.optim.lr_scheduler import MultiStepLR
+
+    if arguments.lr_milestones is None:
+        return None
+    milestones = _numbers(arguments, "lr_milestones", "ascending epochs such as 50,75,89")
+    if sorted(set(milestones)) != milestones:
+        raise UsageError(f"--lr-milestones is {arguments.lr_milestones!r}; allowed: ascending epochs such as 50,75,89")
+    decay = LR_DECAY if arguments.lr_decay is None else arguments.lr_decay
+    return lambda optimizer: MultiStepLR(optimizer, milestones, decay)
+
+
+def _numbers(arguments: argparse.Namespace, name: str, allowed: str) -> list[int]:
+    text = getattr(arguments, name)
+    try:
+        numbers = [int(number) for number in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise UsageError(f"{flag(name)} is {text!r}; {allowed} are allowed")
+    return numbers
