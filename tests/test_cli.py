@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import itertools
 import json
@@ -18,6 +19,7 @@ import layerwise_ext as lw
 import pytest
 import torch
 from layerwise_ext import checkpoint, cli, data, demo, models
+from layerwise_ext.cli import config, trainers
 from PIL import Image
 
 TINY = [
@@ -71,6 +73,15 @@ def test_decoupled_training_equals_local_training(tmp_path: Path, capsys: pytest
     command = [*TINY, "--output", str(tmp_path / "decoupled"), "--mode", "decoupled", "--resume"]
     assert "--workers is 3, but the run in" in refused(capsys, *command, "--workers", "3")
     assert "--workers is for --mode decoupled, not local" in refused(capsys, *TINY, "--workers", "2")
+    message = refused(capsys, *command, "--workers", "2", "--partition", "1,2")
+    assert "--partition is '1,2', but the run in" in message
+    new = [*TINY, "--output", str(tmp_path / "new"), "--mode", "decoupled", "--partition"]
+    assert "--partition is '1,x'; numbers of stages such as 3,4 are allowed" in refused(capsys, *new, "1,x")
+    assert "partition is [1, 1]; allowed: numbers from 1 whose sum is 3" in refused(capsys, *new, "1,1")
+    assert "workers is 2 and partition is [1, 2]; one of them" in refused(capsys, *new, "1,2", "--workers", "2")
+    options = config.complete(argparse.Namespace(config=None, mode="decoupled", partition="1,2"))
+    model = models.vgg([8, "M", 8], in_channels=1, image_size=(8, 8))
+    assert trainers.trainer_of(options, model).layout.partition == (1, 2)
     assert "--buffer is for --mode decoupled --asynchronous" in refused(capsys, *command, "--buffer", "2")
     assert "workers is 9; allowed: 1 to 3" in refused(
         capsys, *TINY, "--output", str(tmp_path / "new"), "--mode", "decoupled", "--workers", "9"

@@ -32,8 +32,9 @@ import layerwise_ext as lw
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from layerwise_ext import checkpoint, cli, data, models
-from layerwise_ext.train import AutoencoderPretrainer, GreedyTrainer
+from layerwise_ext.train import GreedyTrainer
 from layerwise_ext.train.feature_file import FeatureFile
 from test_decoupled import equal, without_seconds
 
@@ -50,37 +51,23 @@ TINY += ["--limit-train", "320", "--threads", "1"]
 
 
 def command_line(folder: Path, *options: str) -> int:
-    resume = ["--resume"] if (folder / "config.json").exists() else []
+    resume = ["--resume"] if (folder / "config.yaml").exists() else []
     return cli.main([*TINY, *options, "--output", str(folder), *resume])
 
 
-def autoencoder(folder: Path) -> int:
-    trainer = AutoencoderPretrainer(network(), noise=0.2, seed=0, progress=False)
-    return by_hand(folder, trainer, 4)
-
-
 def greedy_from_a_file(folder: Path) -> int:
-    trainer = GreedyTrainer(network(), seed=0, progress=False, cache_dir=folder / "features", ema_decay=0.9)
-    return by_hand(folder, trainer, 4)
-
-
-def network() -> models.StagedModel:
+    """As the documentation says; the command line keeps features in memory."""
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    return models.vgg([8, "M", 8, 8], in_channels=1, image_size=(8, 8), hidden=32, seed=0)
-
-
-def by_hand(folder: Path, trainer: Any, epochs: int) -> int:
-    """As the documentation says."""
     split = data.Split(*(part[:320] for part in data.load("digits")))
-    loader = data.MemoryLoader(
-        split, 64, data.Normalization.of(split.images), shuffle=True, augment=data.Augment(1, cutout=2)
-    )
+    augment = data.Augment(1, cutout=2)
+    loader = data.MemoryLoader(split, 64, data.Normalization.of(split.images), shuffle=True, augment=augment)
+    model = models.vgg([8, "M", 8, 8], in_channels=1, image_size=(8, 8), hidden=32, seed=0)
+    trainer = GreedyTrainer(model, seed=0, progress=False, cache_dir=folder / "features", ema_decay=0.9)
     folder.mkdir(exist_ok=True)
     path = folder / "checkpoint.pt"
     if path.exists():
         trainer.load_state_dict(lw.checkpoint.load(path))
-    trainer.fit(loader, epochs, on_epoch_end=lambda trainer, _: lw.checkpoint.save(path, trainer.state_dict()))
+    trainer.fit(loader, 4, on_epoch_end=lambda trainer, _: lw.checkpoint.save(path, trainer.state_dict()))
     return 0
 
 
@@ -92,7 +79,7 @@ RUNS: dict[str, tuple[int, Callable[..., int], list[str]]] = {  # how often it i
                                 "--cutout", "3", "--accumulate", "2", "--clip-norm", "1", "--epochs", "12"]),
     "greedy": (2, command_line, ["--mode", "greedy", "--classes-per-batch", "4", "--epochs", "4"]),
     "greedy from a file": (2, greedy_from_a_file, []),
-    "autoencoder": (2, autoencoder, []),
+    "autoencoder": (2, command_line, ["--pretrain", "denoising", "--pretrain-epochs", "4", "--epochs", "4"]),
     "decoupled": (2, command_line, DECOUPLED),
     "asynchronous": (1, command_line, [*DECOUPLED, "--asynchronous"]),
 }  # fmt: skip
@@ -206,7 +193,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     yield Server(ours)
     ours.send(None)
     process.join()
-    assert list(temporary.iterdir()) == []
+    assert [path.name for path in temporary.iterdir() if not path.name.startswith("torchinductor_")] == []
 
 
 # -- What must hold ----------------------------------------------------------------------------------------------------
@@ -214,38 +201,43 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def check_files(folder: Path) -> None:
     """After a kill, and at the end."""
-    readers = {".pt": checkpoint.load, ".json": read_json, ".csv": read_table, ".features": FeatureFile.open}
     paths = [path for path in folder.rglob("*") if path.is_file()]
     for path in paths:
         if path.suffix != ".tmp":
-            readers[path.suffix](path)
+            READERS[path.suffix](path)
     unfinished = [path.name.split(".")[1] for path in paths if path.suffix == ".tmp"]
     assert len(set(unfinished)) == len(unfinished), "what was left by an earlier kill has not been removed"
     table, state = folder / "metrics.csv", folder / "checkpoint.pt"
     if state.exists() and table.exists():
-        assert int(read_table(table)[-1]["epoch"]) - checkpoint.load(state)["epoch"] in (0, 1)
+        assert abs(int(read_table(table)[-1]["epoch"]) - checkpoint.load(state)["epoch"]) <= 1
 
 
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text())
+def read_state(path: Path) -> dict[str, Any]:
+    state = checkpoint.load(path)
+    return {**state, "history": without_seconds(state["history"])}
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
     rows = list(csv.DictReader(path.open(newline="")))
     assert rows and all(None not in row and None not in row.values() and float(row["seconds"]) > 0 for row in rows)
-    return rows
+    return [{**row, "seconds": ""} for row in rows]
+
+
+READERS: dict[str, Callable[[Path], Any]] = {
+    ".pt": read_state,
+    ".csv": read_table,
+    ".safetensors": checkpoint.load_weights,
+    ".json": lambda path: json.loads(path.read_text()),
+    ".yaml": lambda path: yaml.safe_load(path.read_text()),
+    ".features": FeatureFile.open,
+}
 
 
 def check_same(folder: Path, whole: Path) -> None:
     assert files(folder) == files(whole)
-    found, expected = (checkpoint.load(each / "checkpoint.pt") for each in (folder, whole))
-    assert without_seconds(found.pop("history")) == without_seconds(expected.pop("history"))
-    for name in expected:
-        assert equal(found[name], expected[name]), name
-    if (whole / "backbone.pt").exists():
-        assert equal(*(checkpoint.load(each / "backbone.pt") for each in (folder, whole)))
-        rows, expected_rows = (read_table(each / "metrics.csv") for each in (folder, whole))
-        assert [{**row, "seconds": ""} for row in rows] == [{**row, "seconds": ""} for row in expected_rows]
+    for path in whole.glob("*.*"):
+        read = READERS[path.suffix]
+        assert equal(read(folder / path.name), read(path)), path.name
 
 
 def check_over(folder: Path, whole: Path) -> None:
@@ -253,7 +245,7 @@ def check_over(folder: Path, whole: Path) -> None:
     assert files(folder) == files(whole)
     history = checkpoint.load(folder / "checkpoint.pt")["history"]
     assert [record["epoch"] for record in history] == list(range(1, 21))
-    assert all(float(row["test_accuracy"]) <= 1 for row in read_table(folder / "metrics.csv"))
+    assert {row["epoch"] for row in read_table(folder / "metrics.csv")} == set(map(str, range(1, 21)))
 
 
 def files(folder: Path) -> set[str]:

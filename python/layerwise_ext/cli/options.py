@@ -107,6 +107,8 @@ GROUPS = {
         "ensemble": Option("test all heads together, too, with weights 2^n", False, bool,
                            modes=("local", "greedy", "decoupled"), defines=False),
         "workers": Option("processes; default: 2", kind=_positive_int, metavar="K", modes=("decoupled",)),
+        "partition": Option("in place of --workers the stages of each, such as 3,4; default: cut where the slowest "
+                            "worker has least to compute", modes=("decoupled",)),
         "asynchronous": Option("train from replay buffers", False, bool, modes=("decoupled",)),
         "buffer": Option("batches in a replay buffer; default: 16", kind=_positive_int, metavar="N",
                          modes=("decoupled",)),

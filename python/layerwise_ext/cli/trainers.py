@@ -42,7 +42,9 @@ def trainer_of(arguments: argparse.Namespace, model: StagedModel, group: dist.Pr
     options: dict[str, Any] = {name: getattr(arguments, name) for name in names if getattr(arguments, name)}
     if arguments.blocks is not None:
         options["blocks"] = _numbers(arguments, "blocks", "numbers of stages such as 2,2,1")
-    if arguments.mode == "decoupled":
+    if arguments.partition is not None:
+        options["partition"] = _numbers(arguments, "partition", "numbers of stages such as 3,4")
+    elif arguments.mode == "decoupled":
         options.setdefault("workers", 2)
     else:
         options["process_group"] = group

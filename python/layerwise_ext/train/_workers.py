@@ -255,7 +255,9 @@ class Processes:
         # In memory: a file would outlive a process that is killed.
         listener = socket.create_server((_HOST, 0))
         port: int = listener.getsockname()[1]
-        self._store = dist.TCPStore(_HOST, port, is_master=True, master_listen_fd=listener.detach())  # type: ignore[attr-defined]
+        self._store = dist.TCPStore(  # type: ignore[attr-defined]
+            _HOST, port, is_master=True, master_listen_fd=listener.detach()
+        )
         self._reports: dict[int, State] = {}
         self._processes: list[Any] = []
         self._connections: list[Any] = []
