@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 from layerwise_ext import models, train
-from layerwise_ext.models.build import Heads
-from layerwise_ext.nn import ConvBNReLU2d, LocalStage, Residual
+from layerwise_ext.nn import ConvBNReLU2d, LocalStage, PooledLinearHead, PredSimHead, Residual
 from layerwise_ext.studies import Cell, Results, Task, plots, scaling
 from layerwise_ext.studies.convolution_losses import ConvolutionLossStage, on_every_convolution
 from layerwise_ext.studies.scaling import Scaling
@@ -87,6 +86,10 @@ def network(**options: Any) -> models.StagedModel:
     return models.resnet([1, 1], **(usual | options)).double()
 
 
+def predsim(channels: int, size: tuple[int, int]) -> PredSimHead:
+    return PredSimHead(channels, 10, min(2, *size))
+
+
 def by_hand(stage: LocalStage, first_head: nn.Module, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Features and loss in plain PyTorch, with the two convolutions cut apart."""
     from layerwise_ext.nn import PooledMoments
@@ -108,7 +111,7 @@ def by_hand(stage: LocalStage, first_head: nn.Module, x: Tensor, target: Tensor)
 def test_gradients_of_convolution_losses() -> None:
     images = torch.randn(12, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     target = torch.arange(12) % 10
-    model = on_every_convolution(network(), (1, 8, 8), Heads("predsim", 10, None, 64, 0.99)).double()
+    model = on_every_convolution(network(), (1, 8, 8), predsim).double()
     assert [type(stage) is ConvolutionLossStage for stage in model] == [False, True, True]
     for head in (m for m in model.modules() if isinstance(m, nn.Linear)):
         nn.init.normal_(head.weight)  # of zeros no gradient would come
@@ -136,7 +139,7 @@ def test_convolution_losses_leave_the_network_as_it_is() -> None:
     plain = network()
     images = torch.randn(4, 1, 8, 8, dtype=torch.float64)
     expected = plain(images)
-    model = on_every_convolution(plain, (1, 8, 8), Heads("pooled_linear", 10, None, 64, 0.99))
+    model = on_every_convolution(plain, (1, 8, 8), lambda c, _: PooledLinearHead(c, 10, 1))
     torch.testing.assert_close(model(images), expected)
     assert model.backbone_state_dict().keys() == network().backbone_state_dict().keys()
     assert model.downsampling == plain.downsampling
@@ -145,7 +148,7 @@ def test_convolution_losses_leave_the_network_as_it_is() -> None:
     }
     assert trained == {id(p) for p in model.parameters()}
     with pytest.raises(ValueError, match="block has 3 layers; allowed: 2"):
-        on_every_convolution(network(block="bottleneck"), (1, 8, 8), Heads("predsim", 10, None, 64, 0.99))
+        on_every_convolution(network(block="bottleneck"), (1, 8, 8), predsim)
 
 
 # -- Runs --------------------------------------------------------------------------------------------------------------

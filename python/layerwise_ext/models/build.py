@@ -66,10 +66,10 @@ class Heads(NamedTuple):
     bins: int | tuple[int, int] | None
     dim: int
     beta: float
-    label_smoothing: float = 0.0
-    image_channels: int = 3
-    image_mean: float | Sequence[float] = 0.0
-    image_std: float | Sequence[float] = 1.0
+    label_smoothing: float
+    image_channels: int
+    image_mean: float | Sequence[float]
+    image_std: float | Sequence[float]
 
     def check(self) -> None:
         """

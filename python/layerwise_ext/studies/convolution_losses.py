@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 from torch import Tensor, nn
 
 from layerwise_ext import models
-from layerwise_ext.models.build import Heads
 from layerwise_ext.nn import ConvBNReLU2d, LocalHead, LocalStage, PooledMoments, Residual, StageOutput
 from layerwise_ext.nn.heads import ClassifierHead, HeadOutput
 
@@ -76,24 +76,25 @@ def _moments(
 
 
 def on_every_convolution(
-    model: models.StagedModel, image_shape: tuple[int, int, int], heads: Heads
+    model: models.StagedModel,
+    image_shape: tuple[int, int, int],
+    head: Callable[[int, tuple[int, int]], LocalHead],
 ) -> models.StagedModel:
     """The same network, with the modules of ``model``, and a local loss on the first convolution of each block, too.
 
     Args:
         model: a fused ResNet of basic blocks.
         image_shape: ``(C, H, W)``.
-        heads: what the new heads are; the others stay.
+        head: makes a new head for maps of so many channels and ``(H, W)``; the heads of the blocks stay.
 
     Raises:
         ValueError: a block of another number of convolutions than two.
     """
     stages = []
-    for index, (stage, cost) in enumerate(zip(model, models.summary(model, image_shape).stages, strict=True)):
+    for stage, cost in zip(model, models.summary(model, image_shape).stages, strict=True):
         if isinstance(stage.body, Residual):
-            channels, *size = cost.output  # of both convolutions: the first one has the stride
-            # None of them is the output.
-            first = heads.build(channels, (size[0], size[1]), index, len(model) + 1, pooled_output=True)
+            channels, height, width = cost.output  # of both convolutions: the first one has the stride
+            first = head(channels, (height, width))
             stage = ConvolutionLossStage(stage.body, cast(ClassifierHead, stage.head), first)
         stages.append(stage)
     return models.StagedModel(stages, model.downsampling)

@@ -37,7 +37,7 @@ class Pretraining(Study):
     name = "pretraining"
     title = "Autoencoders before training"
     question = "With BN + ReLU + LSUV, is pretraining with autoencoders still worth it?"
-    default_epochs = 20
+    default_epochs = 12
     max_epochs = 100
 
     def cells(self, task: Task) -> list[Cell]:

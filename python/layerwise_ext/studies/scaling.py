@@ -13,7 +13,8 @@ from torch import nn
 from torch.optim.lr_scheduler import MultiStepLR
 
 from layerwise_ext import data, models, probe, train
-from layerwise_ext.models.build import Heads
+from layerwise_ext.models.build import _largest_grid
+from layerwise_ext.nn import PredSimHead
 from layerwise_ext.studies import scaling_figures, scaling_results
 from layerwise_ext.studies.convolution_losses import on_every_convolution
 from layerwise_ext.studies.measure import Step, TrainerStep
@@ -161,8 +162,12 @@ def network(task: Task, cell: Cell, seed: int) -> models.StagedModel:
         seed=seed,
     )
     if options["convolutions"] == 1:
-        heads = Heads(options["head"], task.num_classes, None, DIM, BETA)
-        model = on_every_convolution(model, task.image_shape, heads)
+
+        def head(channels: int, size: tuple[int, int]) -> PredSimHead:
+            grid = _largest_grid(channels, size, DIM)
+            return PredSimHead(channels, task.num_classes, grid, BETA, zero_init=True)
+
+        model = on_every_convolution(model, task.image_shape, head)
     return model.to(task.device)
 
 
