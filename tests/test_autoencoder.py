@@ -131,11 +131,11 @@ def test_layers_one_after_another_on_codes_of_the_clean_data() -> None:
     first: list[Tensor] = []
     step = trainer.step
 
-    def watch(inputs: Tensor) -> Tensor:
+    def watch(inputs: Tensor, **options: Any) -> Tensor:
         if trainer.layer == 1:
             seen.append(inputs)
             first.append(layers[0][0].weight.clone())
-        return step(inputs)
+        return step(inputs, **options)
 
     trainer.step = watch  # type: ignore[method-assign]
     history = trainer.fit(loader(x), 2)
