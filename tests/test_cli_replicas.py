@@ -51,18 +51,19 @@ def test_two_processes_write_what_one_would(tmp_path: Path, capsys: pytest.Captu
 
 def test_a_signal_ends_all_and_the_run_goes_on(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = torchrun(*TINY, "--mode", "greedy", "--epochs", "100000", "--no-sync-batch-norm", "--output", str(run))
+    options = ["--mode", "greedy", "--pretrain", "denoising", "--pretrain-epochs", "1", "--no-sync-batch-norm"]
+    process = torchrun(*TINY, *options, "--epochs", "100000", "--output", str(run))
     deadline = time.monotonic() + 600
-    while not (run / "checkpoint.pt").exists() and process.poll() is None and time.monotonic() < deadline:
+    while not (run / "metrics.csv").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=600)
     assert process.returncode != 0
     assert errors.count("interrupted after epoch") == 1
     assert "go on with the same command and --resume" in errors
+    assert len((run / "pretraining.csv").read_text().splitlines()) == 1 + 3  # a row for each layer
     rows = metrics(run, 100000)
-    resume = [*TINY, "--mode", "greedy", "--no-sync-batch-norm", "--output", str(run), "--resume"]
-    assert cli.main([*resume, "--epochs", rows[-1]["epoch"]]) == 0
+    assert cli.main([*TINY, *options, "--output", str(run), "--resume", "--epochs", rows[-1]["epoch"]]) == 0
     assert metrics(run, 100000)[: len(rows)] == rows
 
 
