@@ -81,7 +81,7 @@ def test_decoupled_training_equals_local_training(tmp_path: Path, capsys: pytest
     assert "workers is 2 and partition is [1, 2]; one of them" in refused(capsys, *new, "1,2", "--workers", "2")
     options = config.complete(argparse.Namespace(config=None, mode="decoupled", partition="1,2"))
     model = models.vgg([8, "M", 8], in_channels=1, image_size=(8, 8))
-    assert trainers.trainer_of(options, model).layout.partition == (1, 2)
+    assert trainers.trainer_of(options, model, None).layout.partition == (1, 2)
     assert "--buffer is for --mode decoupled --asynchronous" in refused(capsys, *command, "--buffer", "2")
     assert "workers is 9; allowed: 1 to 3" in refused(
         capsys, *TINY, "--output", str(tmp_path / "new"), "--mode", "decoupled", "--workers", "9"
