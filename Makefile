@@ -24,7 +24,8 @@ demo: .venv/installed
 	$(bin)/layerwise-ext demo
 
 test: STRICT ?= ON
-test: lint
+test: .venv/requirements
+	$(MAKE) -j2 STRICT=$(STRICT) lint .venv/installed
 	OMP_NUM_THREADS=1 $(bin)/python -m pytest -n $(WORKERS)
 	OMP_NUM_THREADS=1 $(bin)/python -m pytest -n $(WORKERS) --backend=simt $(simt_tests)
 	WORKERS=$(WORKERS) $(MAKE) sanitize
@@ -32,13 +33,13 @@ test: lint
 bench: .venv/installed
 	$(bin)/python benchmarks/bench_stage.py
 
-lint: .venv/installed
+lint: .venv/requirements
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	$(bin)/mypy
 	$(bin)/clang-format --dry-run -Werror $(cxx)
 
-format: .venv/installed
+format: .venv/requirements
 	$(bin)/ruff check --fix .
 	$(bin)/ruff format .
 	$(bin)/clang-format -i $(cxx)
