@@ -116,22 +116,6 @@ def test_plain_layers_train_alike(tmp_path: Path) -> None:
             torch.testing.assert_close(plain[key], value, rtol=0, atol=0.02, msg=key)
 
 
-@pytest.mark.parametrize("head", [head for head in cli.HEADS if head != "pooled_linear"])
-def test_heads(tmp_path: Path, head: str, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--head", head, "--activation", "leaky_relu", "--epochs", "2"]
-    assert train(tmp_path / "run", *options) == 0
-    assert "test accuracy 0." in capsys.readouterr().out
-    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
-    classifies = "predsim" in head or head in ("conv", "mlp_sr", "auglocal", "goodness", "infopro")
-    assert all((row["test_accuracy"] == "nan") != classifies for row in rows if row["stage"] == "0")
-    assert all(0 <= float(row["test_accuracy"]) <= 1 for row in rows if row["stage"] == "2")
-    assert "--head is 'pooled_linear', but the run in" in refused(
-        capsys, *TINY, "--output", str(tmp_path / "run"), "--activation", "leaky_relu", "--resume"
-    )
-    plain = models.vgg([8, "M", 8], in_channels=1, image_size=(8, 8), fused=False, head=head)
-    plain.backbone().load_state_dict(weights(tmp_path / "run"), strict=True)
-
-
 @pytest.mark.parametrize("options", [
     ["--model", "resnet20", "--downsampling", "accelerated", "--head", "predsim"],
     ["--model", "cnn", "--width-multiplier", "0.05", "--mode", "joint"],
@@ -191,6 +175,8 @@ def test_options_of_other_modes(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "--blocks is for --mode local, not joint" in refused(capsys, *run, "--mode", "joint", "--blocks", "2,1")
     message = refused(capsys, *run, "--mode", "greedy", "--deep-supervision", "1")
     assert "--deep-supervision is for --mode joint or local, not greedy" in message
+    assert "--detach is for --mode local, not joint" in refused(capsys, *run, "--mode", "joint", "--no-detach")
+    assert "blocks with detach=False" in refused(capsys, *run, "--no-detach", "--blocks", "2,1")
     assert "--checkpointing is for --mode joint, not local" in refused(capsys, *run, "--checkpointing")
     assert "--blocks is '2,x'; numbers of stages such as" in refused(capsys, *run, "--blocks", "2,x")
     assert "deep_supervision is 1.0 without blocks" in refused(capsys, *run, "--deep-supervision", "1")
@@ -337,23 +323,6 @@ def test_backbone_loads_strictly_into_the_plain_network(tmp_path: Path) -> None:
     assert train(tmp_path / "run", "--epochs", "1") == 0
     plain = models.vgg([8, "M", 8], in_channels=1, image_size=(8, 8), fused=False)
     plain.backbone().load_state_dict(weights(tmp_path / "run"), strict=True)
-
-
-@pytest.mark.parametrize("mode", ["local", "greedy"])
-def test_killed_run_goes_on_where_its_checkpoint_is(tmp_path: Path, mode: str) -> None:
-    options = ["--mode", mode, "--epochs", "6"]
-    assert train(tmp_path / "whole", *options) == 0
-    killed = tmp_path / "killed"
-    command = [sys.executable, "-m", "layerwise_ext", *TINY, "--output", str(killed), *options]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not (killed / "checkpoint.pt").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert (killed / "checkpoint.pt").exists()
-    assert train(killed, *options, "--resume") == 0
-    assert same(tmp_path / "whole", killed)
 
 
 def test_interrupt_says_how_to_go_on(tmp_path: Path) -> None:

@@ -103,6 +103,8 @@ GROUPS = {
         "deep_supervision": Option("of the hidden heads' losses, in joint training or within --blocks",
                                    kind=_positive_float, metavar="WEIGHT", modes=("joint", "local")),
         "blocks": Option("stages that are trained jointly, such as 2,2,1", modes=("local",)),
+        "detach": Option("stop gradients between stages, each of which is trained on its own loss alone", True, bool,
+                         modes=("local",)),
         "checkpointing": Option("run stages again in the backward pass", False, bool, modes=("joint",), defines=False),
         "ensemble": Option("test all heads together, too, with weights 2^n", False, bool,
                            modes=("local", "greedy", "decoupled"), defines=False),

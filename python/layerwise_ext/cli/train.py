@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerwise_ext.cli import config, experiment, processes, run_folder, trainers
 from layerwise_ext.cli.common import FAILED, INTERRUPTED, OK, UsageError, installed, set_threads
-from layerwise_ext.cli.options import MODES, OPTIONS, add_options, flag
+from layerwise_ext.cli.options import OPTIONS, add_options, flag
 from layerwise_ext.cli.run_folder import Keeper, RunFolder
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--head is {arguments.head!r}, but --mode joint has no local losses; leave it out")
     experiment.check_limit(arguments.data, arguments.limit_train)
     for name, each in OPTIONS.items():
-        if each.modes != MODES and getattr(arguments, name) and arguments.mode not in each.modes:
+        if getattr(arguments, name) != each.default and arguments.mode not in each.modes:
             raise UsageError(f"{flag(name)} is for --mode {' or '.join(each.modes)}, not {arguments.mode}")
     for name, needed, how in (
         ("buffer", "asynchronous", "--mode decoupled --asynchronous"),

@@ -40,6 +40,10 @@ def trainer_of(arguments: argparse.Namespace, model: StagedModel, group: dist.Pr
     }
     names = ("deep_supervision", "checkpointing", "workers", "asynchronous", "buffer")
     options: dict[str, Any] = {name: getattr(arguments, name) for name in names if getattr(arguments, name)}
+    if not arguments.detach:
+        options["detach"] = False
+        for stage in model:
+            stage.detach = False
     if arguments.blocks is not None:
         options["blocks"] = _numbers(arguments, "blocks", "numbers of stages such as 2,2,1")
     if arguments.partition is not None:
