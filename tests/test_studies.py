@@ -198,6 +198,20 @@ def test_a_budget_is_chosen_for_by_timing(tmp_path: Path) -> None:
     assert not again.ran
 
 
+def test_the_start_of_processes_does_not_grow_with_the_images() -> None:
+    class WithProcesses(Toy):
+        def cells(self, task: Task) -> list[Cell]:
+            return [Cell("a", {"number": 1}), Cell("b", {"number": 2}, has_processes=True)]
+
+        def run(self, task: Task, cell: Cell, seed: int, epochs: int) -> dict[str, Any]:
+            self.now += 20.0 if cell.has_processes else 0.0
+            return super().run(task, cell, seed, epochs)
+
+    toy = WithProcesses()
+    seconds = runner.seconds_per_epoch(toy, task(), toy.cells(task()), toy.clock)
+    assert seconds == {"a": pytest.approx(10), "b": pytest.approx(20)}
+
+
 def test_a_budget_that_is_too_small_says_what_is_needed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"budget is 0.5 minutes; 1 epoch of all 2 cells .* takes about 0.8"):
         run(Toy(), tmp_path, budget=0.5)
@@ -308,6 +322,7 @@ def test_what_is_said_about_layerwise_training() -> None:
     assert "Greedy training with split epochs did not learn with 1 of 2 seeds." in yes
     assert "checkpointed joint training takes 1.30 times as long as one of joint training" in yes
     assert "checkpointed joint training needs 0.60 times the memory" in yes
+    assert "of local training (projected predsim) is 5 points lower than that of local training (predsim)" in yes
     one = of_layerwise({name: [0.9] for name in layerwise.LABELS})
     assert "higher" not in texts([f for f in study.findings(one) if "step" not in f.text], True)
 
@@ -320,6 +335,16 @@ def test_what_is_said_about_layerwise_training() -> None:
 def test_accounts_of_epochs(method: str, expected: tuple[int, int]) -> None:
     assert layerwise.schedule(method, 8, stages=4) == expected
     assert min(layerwise.schedule(method, 1, stages=4)[1:]) == 1
+
+
+def test_decoupled_cells_are_local_training_on_pred() -> None:
+    quick = Task.load("digits", quick=True)
+    study = layerwise.Layerwise()
+    pred, *decoupled = (study.run(quick, Cell(name, {"method": name}), 0, 1) for name in ("pred", *layerwise.DECOUPLED))
+    assert decoupled[0]["train_loss"] == pytest.approx(pred["train_loss"], rel=1e-5)
+    assert len(decoupled[1]["accuracy_by_stage"]) == pred["stages"]
+    full = {cell.name: cell for cell in study.cells(replace(quick, quick=False))}
+    assert [name for name, cell in full.items() if cell.has_processes] == list(layerwise.DECOUPLED)
 
 
 def of_trainability(learns: Any, ratio: Any) -> Results:

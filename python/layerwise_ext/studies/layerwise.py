@@ -48,11 +48,17 @@ LABELS = {
     "checkpointed": "joint, checkpointed",
     "pred": "local, pred",
     "predsim": "local, predsim",
+    "predsim-projected": "local, projected predsim",
+    "decoupled": "decoupled",
+    "asynchronous": "decoupled, asynchronous",
     "greedy": "greedy",
     "greedy-split": "greedy, split",
     "autoencoder": "autoencoder first",
     "autoencoder-split": "autoencoder, split",
 }
+LOCAL = ("pred", "predsim", "predsim-projected")
+DECOUPLED = ("decoupled", "asynchronous")
+WORKERS = 2
 # Those that quick runs have.
 QUICK_METHODS = ("joint", "pred", "greedy", "autoencoder")
 
@@ -71,7 +77,10 @@ class Layerwise(Study):
 
     def cells(self, task: Task) -> list[Cell]:
         methods = [name for name in LABELS if not task.quick or name in QUICK_METHODS]
-        return [Cell(name, {"method": name}, trained=name != "checkpointed") for name in methods]
+        return [
+            Cell(name, {"method": name}, trained=name != "checkpointed", has_processes=name in DECOUPLED)
+            for name in methods
+        ]
 
     def setup(self, task: Task) -> dict[str, str]:
         network = _network(task, "joint", 0)
@@ -84,15 +93,18 @@ class Layerwise(Study):
             name = f"vgg8b at {_width(task):g} of its width"
         return {
             "network": f"{name}: {len(network)} stages, {parameters:,} parameters without local heads; convolution, "
-            "batch norm, ReLU (leaky ReLU for predsim); no dropout, no augmentation",
+            "batch norm, ReLU (leaky ReLU for both forms of predsim); no dropout, no augmentation",
             "optimiser": f"Adam, learning rate {LEARNING_RATE:g}, a quarter of it behind 50, 75, 89 and 94 % of the "
             "epochs of each stage; local and greedy: one optimiser for each stage",
             "joint": "backpropagation from the output; checkpointed: only the inputs of stages are kept, and what is "
             "between is computed again in the backward pass (arXiv 1604.06174): the same numbers, so only its step is "
             "measured",
             "local": "every stage in each step on its own loss (arXiv 1901.06656): pred is pooling and a classifier, "
-            "predsim adds similarity matching, here from the moments of the map. Decoupled training in several "
-            "processes gives the same numbers and is not run again",
+            "predsim adds similarity matching, here from the moments of the map; projected: the paper's form, with "
+            "a convolution of its own for the similarities",
+            "decoupled": f"local training on pred in {WORKERS} processes, a part of the stages in each: the numbers "
+            "of one process but for rounding; asynchronous: no process waits for the one before it, batches come "
+            "from a replay buffer (arXiv 1901.08164). The time has that of starting the processes in it",
             "greedy": "one stage after another (arXiv 1812.11446), the outputs of earlier ones kept in memory; two "
             "accounts: all epochs for each stage, which is as many updates of each layer as in joint training, or "
             "(split) the epochs shared among the stages, which is as many passes over the images",
@@ -129,7 +141,7 @@ class Layerwise(Study):
 
     def step(self, task: Task, cell: Cell) -> Step | None:
         method = cell.options["method"]
-        if method.endswith("-split"):
+        if method.endswith("-split") or method in DECOUPLED:
             return None
         network = _network(task, method, 0)
         images, target = next(iter(task.loader(self.step_batch(task), 0)))
@@ -197,13 +209,18 @@ class Layerwise(Study):
             return [compare(results, first, second, names=(_phrase(first), _phrase(second)))]
 
         findings = []
-        for other in ("pred", "predsim", "greedy", "greedy-split", "autoencoder", "autoencoder-split"):
+        others = (*LOCAL, "asynchronous", "greedy", "greedy-split", "autoencoder", "autoencoder-split")
+        for other in others:
             findings += about("joint", other)
-        findings += about("predsim", "pred") + about("greedy", "pred") + about("greedy", "greedy-split")
+        findings += about("predsim", "pred") + about("predsim-projected", "predsim")
+        findings += about("decoupled", "pred") + about("asynchronous", "pred")
+        findings += about("greedy", "pred") + about("greedy", "greedy-split")
         for cell in results.cells:
             findings += _failure(results, cell)
-        for other in ("checkpointed", "pred", "predsim", "greedy"):
+        for other in ("checkpointed", *LOCAL, "greedy"):
             findings += compare_steps(results, other, "joint", names=(_phrase(other), _phrase("joint")))
+        forms = ("predsim", "predsim-projected")
+        findings += compare_steps(results, *forms, names=(_phrase(forms[0]), _phrase(forms[1])))
         return findings
 
 
@@ -238,8 +255,8 @@ def _network(task: Task, method: str, seed: int) -> models.StagedModel:
         width_multiplier=multiplier,
         hidden=hidden,
         dim=2048 if task.image_shape[0] == 3 else 1024,
-        head="predsim" if method == "predsim" else "pooled_linear",
-        activation="leaky_relu" if method == "predsim" else "relu",
+        head={"predsim": "predsim", "predsim-projected": "predsim_projected"}.get(method, "pooled_linear"),
+        activation="leaky_relu" if method.startswith("predsim") else "relu",
         seed=seed,
     )
     return network.to(task.device)
@@ -264,8 +281,11 @@ def _falling(epochs: int) -> Callable[[torch.optim.Optimizer], MultiStepLR]:
 
 def _trainer(task: Task, method: str, network: models.StagedModel, epochs: int, seed: int) -> train.Trainer:
     options: dict[str, Any] = {"device": task.device, "seed": seed, "progress": False, "scheduler": _falling(epochs)}
-    if method in ("pred", "predsim"):
+    if method in LOCAL:
         return train.LocalTrainer(network, _adam, **options)
+    if method in DECOUPLED:
+        asynchronous = method == "asynchronous"
+        return train.DecoupledTrainer(network, _adam, workers=WORKERS, asynchronous=asynchronous, **options)
     if method.startswith("greedy"):
         return train.GreedyTrainer(network, _adam, **options)
     return train.JointTrainer(network, _adam, checkpointing=method == "checkpointed", **options)
@@ -304,6 +324,9 @@ def _phrase(name: str) -> str:
         "checkpointed": "checkpointed joint training",
         "pred": "local training (pred)",
         "predsim": "local training (predsim)",
+        "predsim-projected": "local training (projected predsim)",
+        "decoupled": "decoupled training",
+        "asynchronous": "asynchronous decoupled training",
         "greedy": "greedy training",
         "greedy-split": "greedy training with split epochs",
         "autoencoder": "joint training behind autoencoders",

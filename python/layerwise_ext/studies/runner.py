@@ -165,15 +165,22 @@ def _plan(
 def seconds_per_epoch(
     study: Study, task: Task, cells: Sequence[Cell], clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, float]:
-    """An estimate for each cell, from one epoch on a few images; one run before that warms up."""
-    part = task.part(TIMED_IMAGES)
-    scale = len(task.train.labels) / len(part.train.labels)
+    """An estimate for each cell, from one epoch on a few images; one run before that warms up.
+
+    From a cell with processes the time of a run on very few images is taken away first: that of their start.
+    """
+    part, few = task.part(TIMED_IMAGES), task.part(study.batch_size)
     seconds = {}
     _run(study, part, cells[0], 0, 1)
     for cell in cells:
+        before = clock()
+        if cell.has_processes:
+            _run(study, few, cell, 0, 1)
         start = clock()
         _run(study, part, cell, 0, 1)
-        seconds[cell.name] = (clock() - start) * scale
+        images = len(part.train.labels) - (len(few.train.labels) if cell.has_processes else 0)
+        elapsed = (clock() - start) - (start - before)
+        seconds[cell.name] = max(0.0, elapsed) * len(task.train.labels) / max(1, images)
     return seconds
 
 

@@ -43,7 +43,7 @@ class Scaling(Study):
     name = "scaling"
     title = "Depth and accelerated downsampling"
     question = "Why is layer-wise learning hard to scale up, and does accelerated downsampling fix it?"
-    default_epochs = 6
+    default_epochs = 3
     max_epochs = 160
 
     def cells(self, task: Task) -> list[Cell]:

@@ -121,11 +121,13 @@ class Cell:
         name: unique in the study, of letters, digits, ``-``, ``_`` and ``.``, as it names files.
         options: JSON values that :meth:`Study.run` and the plots read, such as ``{"method": "joint", "depth": 8}``.
         trained: False where only a step is measured (:meth:`Study.step`), of a method whose accuracy is another's.
+        has_processes: its runs start processes, which takes time that does not grow with the images.
     """
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
     trained: bool = True
+    has_processes: bool = False
 
 
 @dataclass(frozen=True)
