@@ -217,7 +217,7 @@ def test_degrading_and_fixed(task: Task) -> None:
     assert (
         held
         and "1.0 ± 0.0 points behind joint training" in degrades
-        and "a change of +6.0 ± 0.0 points to its disadvantage" in degrades
+        and "how far it is behind changed by +6.0 ± 0.0 points" in degrades
     )
     assert "held here" in degrades
     assert fixed and "a change of +7.1 ± 0.3 points" in fixes and "held here" in fixes

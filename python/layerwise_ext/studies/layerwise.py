@@ -50,7 +50,7 @@ LABELS = {
     "predsim": "local, predsim",
     "predsim-projected": "local, projected predsim",
     "decoupled": "decoupled",
-    "asynchronous": "decoupled, asynchronous",
+    "asynchronous": "asynchronous",
     "greedy": "greedy",
     "greedy-split": "greedy, split",
     "autoencoder": "autoencoder first",

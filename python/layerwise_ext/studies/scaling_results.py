@@ -129,7 +129,7 @@ def _degrades(results: Results, arm: str) -> Finding:
     before, after = (Summary.of(values) for values in ends)
     sides = (
         f"With {shallow} layers {PHRASES[arm]} is {_against(before)} joint training, with {deep} layers "
-        f"{_against(after)} it: a change of {points(growth)} to its disadvantage"
+        f"{_against(after)} it: how far it is behind changed by {points(growth)}"
     )
     claim = "that local training degrades with depth relative to joint training"
     if growth.seeds == 1:
