@@ -232,6 +232,13 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(bool overwrite, Tensor z, Optio
   check_backward(z, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, form, kHalf);
   check_convolution_backward(z, input, conv_weight, stride, padding, dilation, groups, kHalf);
   if (overwrite_grad_y) check_overwritten_gradient(z, grad_y, form, overwrite, needs_residual);
+  const Shape whole = shape_of(input);
+  const Ints apart = stride;
+  const bool skips = skips_pixels(input, conv_weight, stride, padding);
+  if (skips) {
+    input = take_pixels(input, shape_of(z), stride);
+    stride = {1, 1};
+  }
   const auto [map, layout] = readable_windows(z, form);
   GradientInputs gradient(map, layout, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, form, count);
   const Window kernel = window_of(conv_weight, stride, padding, dilation);
@@ -267,6 +274,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(bool overwrite, Tensor z, Optio
     if (!grad_input.has_value()) grad_input = other_input;
     if (needs_weight) grad_weight = other_weight;
   }
+  if (skips && needs_input) grad_input = spread_pixels(*grad_input, whole, apart);
   if (overwrite_grad_y) grad_residual.reset();
   if (grad_residual.has_value() && layout != result_layout(z))
     grad_residual = dense_copy(*grad_residual, result_layout(z));

@@ -105,6 +105,35 @@ inline OptionalTensor dot_convolution(const Tensor& input, const Tensor& conv_we
   return z;
 }
 
+// Whether the convolution reads every stride-th pixel alone: a smaller map, which is convolved without stride.
+inline bool skips_pixels(const Tensor& input, const Tensor& weight, const Ints& stride, const Ints& padding) {
+  const Ints one{1, 1}, zero{0, 0}, kernel{weight.size(2), weight.size(3)};
+  return kernel == one && stride != one && padding == zero && is_nested_channels_last(input);
+}
+
+// Those pixels where they lie, [s.n, C, s.h, s.w]; `map` must outlive the result.
+inline Tensor pixels_apart(const Tensor& map, const Shape& s, const Ints& stride) {
+  const Strides d = strides_of(map);
+  const Ints size{s.n, map.size(1), s.h, s.w}, strides{d.n, d.c, d.h * stride[0], d.w * stride[1]};
+  return torch::stable::from_blob(const_cast<void*>(map.const_data_ptr()), size, strides, map.device(),
+                                  map.scalar_type());
+}
+
+inline Tensor take_pixels(const Tensor& map, const Shape& s, const Ints& stride) {
+  Tensor taken = allocate_map(map, {s.n, map.size(1), s.h, s.w}, Layout::kChannelsLast);
+  torch::stable::copy_(taken, pixels_apart(map, s, stride));
+  return taken;
+}
+
+// The way back for gradients: zero where no pixel was taken.
+inline Tensor spread_pixels(const Tensor& taken, const Shape& whole, const Ints& stride) {
+  Tensor map = allocate_map(taken, whole, Layout::kChannelsLast);
+  torch::stable::zero_(map);
+  Tensor pixels = pixels_apart(map, shape_of(taken), stride);
+  torch::stable::copy_(pixels, taken);
+  return map;
+}
+
 // Whether that is a product of matrices, pixels by channels.
 inline bool is_product(const Tensor& input, const Tensor& weight, const Ints& stride, const Ints& padding,
                        int64_t groups) {
@@ -152,6 +181,8 @@ inline std::pair<Tensor, Statistics> convolve(const Tensor& input, const Tensor&
                                               int64_t groups, bool needs_statistics) {
   if (const OptionalTensor z = dot_convolution(input, conv_weight, s, stride, padding, dilation, groups))
     return {*z, needs_statistics ? batch_statistics(*z, Layout::kChannelsLast) : Statistics{}};
+  if (skips_pixels(input, conv_weight, stride, padding))
+    return convolve(take_pixels(input, s, stride), conv_weight, s, {1, 1}, padding, dilation, groups, needs_statistics);
   const Tensor w = weight_as(conv_weight, input.scalar_type());
   const bool own = has_own_convolution(input, w, s, stride, padding, dilation, groups);
   if (!own && is_product(input, w, stride, padding, groups)) {

@@ -61,8 +61,7 @@ struct Activation {
 
 enum class Pooling { kNone, kMax, kAverage };
 
-// What else may stand between batch norm and y.  The kernels for the common case, a ReLU with a fixed slope and nothing
-// else, know nothing of it.
+// What else may stand between batch norm and y.
 struct Extension {
   const void* residual;  // of z's shape and type, added before the activation, or null
   Strides residual_strides;
@@ -76,11 +75,14 @@ struct Extension {
   int64_t channel_step;        // between channels of y, moments and sums: 1 but for space_to_depth
 };
 
-// Whether the kernels for the common case do.
-inline bool is_extended(const Activation& a, const Extension& e) {
+// The common case but for a residual: a ReLU with a fixed slope, and y as large as z.
+inline bool is_plain(const Activation& a, const Extension& e) {
   const bool fixed_slope = a.kind == ActivationKind::kReLU || a.kind == ActivationKind::kLeakyReLU;
-  return !fixed_slope || e.residual != nullptr || e.pooling != Pooling::kNone || e.channel_step != 1;
+  return fixed_slope && e.pooling == Pooling::kNone && e.channel_step == 1;
 }
+
+// Whether the kernels for the common case, which know nothing of an extension, do not suffice.
+inline bool is_extended(const Activation& a, const Extension& e) { return !is_plain(a, e) || e.residual != nullptr; }
 
 // Pass 1: blocks of the map -> mean and sum of squared deviations of each block.  The mean is block_mean +
 // block_mean_rest: in A alone its rounding would spoil the variance between blocks where the mean is large.

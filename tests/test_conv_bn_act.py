@@ -19,6 +19,9 @@ CONVOLUTIONS: dict[str, Any] = {
     "3x3": ((2, 5, 6, 7), (18, 5, 3, 3), 1, 1, 1, 1, (2, 3)),
     "1x1": ((2, 16, 5, 5), (32, 16, 1, 1), 1, 0, 1, 1, (2, 2)),
     "1x1 of many pixels": ((2, 48, 13, 11), (80, 48, 1, 1), 1, 0, 1, 1, (2, 3)),
+    "1x1, stride 2": ((3, 16, 9, 8), (48, 16, 1, 1), 2, 0, 1, 1, (2, 2)),
+    "1x1, stride 3x2, dense product": ((3, 80, 10, 7), (64, 80, 1, 1), (3, 2), 0, 1, 1, (2, 2)),
+    "1x1, stride 1x2, groups": ((2, 12, 5, 6), (20, 6, 1, 1), (1, 2), 0, 1, 2, (2, 2)),
     "stride 2": ((2, 16, 9, 8), (48, 16, 3, 3), 2, 1, 1, 1, (3, 2)),
     "dilation 2": ((2, 17, 9, 9), (32, 17, 3, 3), 1, 2, 2, 1, (4, 4)),
     "rectangular": ((2, 16, 8, 9), (64, 16, 5, 3), (1, 2), (0, 1), 1, 1, (2, 2)),
@@ -121,6 +124,32 @@ def test_table(name: str, dtype: str, layout: str, training: bool, kind: str) ->
                 assert not ours[key].any()
                 continue
             check(key, ours[key], value, peer[key])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("needs", [(True, False), (False, True), (True, True)], ids=["input", "weight", "both"])
+def test_1x1_with_strides_exactly(dtype: str, needs: tuple[bool, bool]) -> None:
+    """Few pixels of a view are read; where none is, the gradient of the input is zero."""
+    g = torch.Generator().manual_seed(0)
+    for inputs, outputs, stride in ((300, 64, (2, 2)), (40, 32, (1, 3)), (5, 18, (4, 2))):
+        around = torch.full((3, inputs + 3, 12, 15), float("nan"), dtype=DTYPES[dtype])
+        x = around.contiguous(memory_format=torch.channels_last)[:, 1:-2, 2:, 1:-1]
+        x.copy_(torch.randint(-1, 2, x.shape, generator=g) * (torch.rand(x.shape, generator=g) < 0.2))
+        weight = torch.randint(-1, 2, (outputs, inputs, 1, 1), generator=g).to(DTYPES[dtype])
+        leaves = [x.detach().requires_grad_(needs[0]), weight.requires_grad_(needs[1])]
+        exact = [t.detach().double().requires_grad_(t.requires_grad) for t in leaves]
+        statistics = (torch.zeros(outputs), torch.ones(outputs))
+        if dtype == "float64":
+            statistics = (statistics[0].double(), statistics[1].double())
+        y = functional.conv_bn_act(*leaves, None, *statistics, stride=stride, activation="identity", eps=0.0)
+        expected = F.conv2d(*exact, stride=stride)
+        assert expected.abs().max() < 256, "not every value is a bfloat16"
+        assert torch.equal(y.double(), expected)
+        grad_y = torch.randint(-1, 2, y.shape, generator=g) * (torch.rand(y.shape, generator=g) < 0.2)
+        y.backward(grad_y.to(y))
+        expected.backward(grad_y.double())
+        for ours, value in zip(leaves, exact, strict=True):
+            assert value.grad is None or torch.equal(ours.grad.double(), value.grad)
 
 
 @pytest.mark.parametrize("weight_layout", ["contiguous", "channels_last", "transposed", "every other"])

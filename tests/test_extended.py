@@ -23,7 +23,7 @@ SEED = torch.tensor([0x1234567_89ABCDEF])
 
 # N, C, H, W, downsample, ceil_mode, bins
 SHAPES = [
-    (2, 19, 6, 8, None, False, (2, 3)),
+    (2, 51, 4, 6, None, False, (2, 3)),  # two vectors of channels at a time, one, and a rest
     (2, 19, 6, 8, ("max", 2), False, (3, 2)),
     (2, 17, 7, 9, ("max", (2, 3)), True, (3, 2)),
     (2, 33, 7, 6, ("max", (3, 4)), False, (1, 1)),
@@ -186,6 +186,33 @@ def test_activations(dtype: str, layout: str, activation: str, with_residual: bo
 def test_downsampling(shape: Any, dtype: str, layout: str) -> None:
     for (i, kind), activation in itertools.product(enumerate(LOSSES), ("relu", "leaky_relu")):
         compare(shape, DTYPES[dtype], LAYOUTS[layout], activation, i % 2 == 1, kind, training=i % 3 != 2, affine=i != 1)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_views(dtype: str, activation: str) -> None:
+    """z, residual and the gradient of y may each have strides of their own; nothing beside is read."""
+    g = torch.Generator().manual_seed(0)
+    shape = (3, 51, 5, 6)
+    z, residual, grad_y = (quarters(*shape, generator=g).to(DTYPES[dtype]) for _ in range(3))
+
+    def padded(t: Tensor, rows: int, columns: int) -> Tensor:
+        n, c, h, w = t.shape
+        around = torch.full((n, c, h + rows, w + columns), float("nan"), dtype=t.dtype)
+        view = around.contiguous(memory_format=torch.channels_last)[:, :, rows:, columns:]
+        return view.copy_(t)
+
+    def gradients(z: Tensor, residual: Tensor, grad_y: Tensor) -> tuple[Tensor, ...]:
+        leaves = [z.detach().requires_grad_(), residual.detach().requires_grad_()]
+        y = functional.bn_act_moments(leaves[0], activation=activation, residual=leaves[1], training=True).y
+        return y, *torch.autograd.grad(y, leaves, grad_y)
+
+    dense = (t.contiguous(memory_format=torch.channels_last) for t in (z, residual, grad_y))
+    expected = gradients(*dense)
+    for pads in itertools.permutations(((0, 0), (2, 0), (1, 3))):
+        views = [padded(t, *pad) for t, pad in zip((z, residual, grad_y), pads, strict=True)]
+        for ours, value in zip(gradients(*views), expected, strict=True):
+            torch.testing.assert_close(ours, value, rtol=1e-2 if dtype == "bfloat16" else 1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -39,12 +39,13 @@ static inline bool samples_follow_each_other(const Shape& shape, const Strides& 
   return s.n == shape.h * shape.w * s.w;
 }
 
-// Cuts a map that is read through the strides a and b at once.
-static inline Blocks make_blocks(const Map& map, const Strides& a, const Strides& b) {
+// Cuts a map that is read through the strides a, b and c at once.
+static inline Blocks make_blocks(const Map& map, const Strides& a, const Strides& b, const Strides& c) {
   const Shape& s = map.shape;
   if (map.layout == Layout::kContiguous) return {s.n, s.n * s.c, s.h, s.w, s.h * s.w, 1};
-  const bool merge_rows = rows_follow_each_other(s, a) && rows_follow_each_other(s, b);
-  const bool merge_all = merge_rows && samples_follow_each_other(s, a) && samples_follow_each_other(s, b);
+  const bool merge_rows = rows_follow_each_other(s, a) && rows_follow_each_other(s, b) && rows_follow_each_other(s, c);
+  const bool merge_all = merge_rows && samples_follow_each_other(s, a) && samples_follow_each_other(s, b) &&
+                         samples_follow_each_other(s, c);
   const int64_t runs = merge_all ? 1 : merge_rows ? s.n : s.n * s.h;
   const int64_t run_length = s.n * s.h * s.w / runs;
   int64_t length = kBlockBytes / (s.c * element_size(map.dtype));
@@ -53,6 +54,15 @@ static inline Blocks make_blocks(const Map& map, const Strides& a, const Strides
   if (length < 1) length = 1;
   const int64_t per_run = (run_length + length - 1) / length;
   return {runs * per_run, runs * per_run, merge_rows ? 1 : s.h, run_length, length, per_run};
+}
+
+static inline Blocks statistics_blocks(const StatisticsParams& p) {
+  return make_blocks(p.map, p.z_strides, p.z_strides, p.z_copy == nullptr ? p.z_strides : p.z_copy_strides);
+}
+
+static inline Blocks dense_blocks(const DenseSumsParams& p) {
+  const Extension& x = p.extension;
+  return make_blocks(p.map, p.z_strides, p.grad_y_strides, x.residual == nullptr ? p.z_strides : x.residual_strides);
 }
 
 // channels_last only.
@@ -66,6 +76,11 @@ static inline Block block_at(const Blocks& b, int64_t index) {
 // Elements per channel in block `index`, either layout.
 static inline int64_t block_elements(const Map& map, const Blocks& b, int64_t index) {
   return map.layout == Layout::kContiguous ? b.block_length : block_at(b, index).length;
+}
+
+// Whether the kernels of extended.h are needed: of channels_last maps those for the common case take a residual, too.
+static inline bool needs_extended(const Map& map, const Activation& a, const Extension& e) {
+  return map.layout == Layout::kChannelsLast ? !is_plain(a, e) : is_extended(a, e);
 }
 
 // Rows of y to a block in the extended form, channels_last.

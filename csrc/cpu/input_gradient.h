@@ -7,7 +7,7 @@
 namespace layerwise::cpu::LAYERWISE_ISA {
 namespace {
 
-// With the centred t = z - mean, dz = s * (scale*p + scale*2q * y) - (scale*dbeta/M + rstd*scale*dgamma/M * t).
+// With the centred t = z - mean, dz = scale * du - (scale*dbeta/M + rstd*scale*dgamma/M * t).
 template <class A, int kVectors>
 struct GradientCoefficients {
   Coefficients<A, kVectors> forward;
@@ -21,21 +21,23 @@ struct GradientCoefficients {
     for (int v = 0; v < kVectors; ++v) mean_dgamma[v] *= forward.rstd[v];
   }
 
-  // scaled_p and scaled_two_q are p and 2q times gamma*rstd.
+  struct Gradients {
+    Vec<A> dz, du;
+  };
+  // Of an element with `added` to it before the activation, whose y has the gradient p + two_q * y.
   template <bool kReLU, bool kQ>
-  ALWAYS_INLINE Vec<A> dz(int v, Vec<A> z, Vec<A> negative_slope, Vec<A> scaled_p, Vec<A> scaled_two_q) const {
+  ALWAYS_INLINE Gradients of(int v, Vec<A> z, Vec<A> added, Vec<A> negative_slope, Vec<A> p, Vec<A> two_q) const {
     const Vec<A> t = z - forward.mean[v];
-    const Activated<Vec<A>> a = activate<kReLU>(forward.u(v, t), negative_slope);
-    const Vec<A> scaled_du = kQ ? affine_gradient(a, scaled_p, scaled_two_q) : a.slope * scaled_p;
-    return scaled_du - (mean_dgamma[v] * t + mean_dbeta[v]);
+    const Activated<Vec<A>> a = activate<kReLU>(forward.u(v, t) + added, negative_slope);
+    const Vec<A> du = kQ ? affine_gradient(a, p, two_q) : a.slope * p;
+    return {forward.scale[v] * du - (mean_dgamma[v] * t + mean_dbeta[v]), du};
   }
 };
 
-// p or q of a segment, times gamma*rstd: the sum over the cells that cover it, of which `offset(i, j)` is the place.
+// p or q of a segment: the sum over the cells that cover it, of which `offset(i, j)` is the place.
 template <class A, int kVectors, class Group, class Offset>
-LAYERWISE_INLINE void scaled_cells(const void* gradient, const Segment& rows, const Segment& columns,
-                                   const Group& group, const Coefficients<A, kVectors>& k, const Offset& offset,
-                                   Vec<A> (&sum)[kVectors]) {
+LAYERWISE_INLINE void sum_cells(const void* gradient, const Segment& rows, const Segment& columns, const Group& group,
+                                const Offset& offset, Vec<A> (&sum)[kVectors]) {
   for (int v = 0; v < kVectors; ++v) sum[v] = Vec<A>{};
   if (gradient == nullptr) return;
   for (int64_t i = rows.first_cell; i <= rows.last_cell; ++i) {
@@ -45,15 +47,15 @@ LAYERWISE_INLINE void scaled_cells(const void* gradient, const Segment& rows, co
       for (int v = 0; v < kVectors; ++v) sum[v] += cell[v];
     }
   }
-  for (int v = 0; v < kVectors; ++v) sum[v] *= k.scale[v];
 }
 
 // dz of the rows of one segment and the channels [c_begin, c_end), written to `target`, whose first element is that of
 // channel c_begin of the pixel (rows.begin, 0).
-template <class T, class A, class Target, bool kReLU, bool kQ, bool kDense>
+template <class T, class A, class Target, bool kReLU, bool kQ, bool kDense, bool kResidual>
 void input_gradient_rows(const InputGradientParams& p, int64_t n, const Segment& rows, int64_t c_begin, int64_t c_end,
                          Target* target, int64_t target_row, int64_t target_pixel) {
   const Shape& shape = p.map.shape;
+  const Extension& x = p.extension;
   const Vec<A> negative_slope = broadcast(A(p.activation.negative_slope));
   for (int64_t s = 0; s < segment_count(p.bins_w); ++s) {
     const Segment columns = segment(s, shape.w, p.bins_w);
@@ -64,22 +66,43 @@ void input_gradient_rows(const InputGradientParams& p, int64_t n, const Segment&
       const GradientCoefficients<A, kVectors> k(p, c, group);
       const auto offset = [&](int64_t i, int64_t j) { return ((n * p.bins_h + i) * p.bins_w + j) * shape.c + c; };
       Vec<A> cell_p[kVectors], two_q[kVectors];
-      scaled_cells(p.p, rows, columns, group, k.forward, offset, cell_p);
-      scaled_cells(kQ ? p.q : nullptr, rows, columns, group, k.forward, offset, two_q);
+      sum_cells<A>(p.p, rows, columns, group, offset, cell_p);
+      sum_cells<A>(kQ ? p.q : nullptr, rows, columns, group, offset, two_q);
       for (int v = 0; v < kVectors; ++v) two_q[v] += two_q[v];
       for (int64_t h = rows.begin; h < rows.end; ++h) {
         const T* z = at<T>(p.z, p.z_strides, n, c, h, columns.begin);
         Target* dz = target + (h - rows.begin) * target_row + columns.begin * target_pixel + channel;
         const T* g = kDense ? at<T>(p.grad_y, p.grad_y_strides, n, c, h, columns.begin) : nullptr;
+        const T* residual = kResidual ? at<T>(x.residual, x.residual_strides, n, c, h, columns.begin) : nullptr;
+        T* dresidual = kResidual && p.dresidual != nullptr
+                           ? at<T>(p.dresidual, p.dresidual_strides, n, c, h, columns.begin)
+                           : nullptr;
         for (int64_t w = columns.begin; w < columns.end; ++w) {
-          Vec<A> value[kVectors], gradient[kVectors];
+          Vec<A> value[kVectors], gradient[kVectors], added[kVectors] = {}, du[kVectors];
           group.get(z, value);
-          if constexpr (kDense) group.get(g, gradient);
+          prefetch_ahead<A>(group, z, p.z_strides.w);
+          if constexpr (kDense) {
+            group.get(g, gradient);
+            prefetch_ahead<A>(group, g, p.grad_y_strides.w);
+          }
+          if constexpr (kResidual) {
+            group.get(residual, added);
+            prefetch_ahead<A>(group, residual, x.residual_strides.w);
+          }
           for (int v = 0; v < kVectors; ++v) {
-            const Vec<A> scaled_p = kDense ? cell_p[v] + k.forward.scale[v] * gradient[v] : cell_p[v];
-            value[v] = k.template dz<kReLU, kQ>(v, value[v], negative_slope, scaled_p, two_q[v]);
+            const Vec<A> sum = kDense ? cell_p[v] + gradient[v] : cell_p[v];
+            const auto d = k.template of<kReLU, kQ>(v, value[v], added[v], negative_slope, sum, two_q[v]);
+            value[v] = d.dz;
+            du[v] = d.du;
           }
           group.put(dz, value);
+          if constexpr (kResidual) {
+            if (dresidual != nullptr) {
+              group.put(dresidual, du);
+              dresidual += p.dresidual_strides.w;
+            }
+            residual += x.residual_strides.w;
+          }
           z += p.z_strides.w;
           dz += target_pixel;
           if constexpr (kDense) g += p.grad_y_strides.w;
@@ -89,14 +112,14 @@ void input_gradient_rows(const InputGradientParams& p, int64_t n, const Segment&
   }
 }
 
-template <class T, class A, bool kReLU, bool kQ, bool kDense>
+template <class T, class A, bool kReLU, bool kQ, bool kDense, bool kResidual>
 void input_gradient_channels_last(const InputGradientParams& p, int64_t begin, int64_t end) {
   const Shape& shape = p.map.shape;
   const int64_t row_segments = segment_count(p.bins_h);
   for (int64_t t = begin; t < end; ++t) {
     const int64_t n = t / row_segments;
     const Segment rows = segment(t % row_segments, shape.h, p.bins_h);
-    input_gradient_rows<T, A, T, kReLU, kQ, kDense>(
+    input_gradient_rows<T, A, T, kReLU, kQ, kDense, kResidual>(
         p, n, rows, 0, shape.c, at<T>(p.dz, p.dz_strides, n, 0, rows.begin, 0), p.dz_strides.h, p.dz_strides.w);
   }
 }
@@ -115,8 +138,8 @@ void input_gradient_contiguous(const InputGradientParams& p, int64_t begin, int6
       for (int64_t s = 0; s < segment_count(p.bins_w); ++s) {
         const Segment columns = segment(s, shape.w, p.bins_w);
         Vec<A> cell_p[1], two_q[1];
-        scaled_cells(p.p, rows, columns, one, k.forward, offset, cell_p);
-        scaled_cells(kQ ? p.q : nullptr, rows, columns, one, k.forward, offset, two_q);
+        sum_cells<A>(p.p, rows, columns, one, offset, cell_p);
+        sum_cells<A>(kQ ? p.q : nullptr, rows, columns, one, offset, two_q);
         two_q[0] += two_q[0];
         for (int64_t h = rows.begin; h < rows.end; ++h) {
           const T* z = at<T>(p.z, p.z_strides, n, c, h, columns.begin);
@@ -126,8 +149,8 @@ void input_gradient_contiguous(const InputGradientParams& p, int64_t begin, int6
             Vec<A> value[1], gradient[1];
             group.get(z + w, value);
             if constexpr (kDense) group.get(g + w, gradient);
-            const Vec<A> scaled_p = kDense ? cell_p[0] + k.forward.scale[0] * gradient[0] : cell_p[0];
-            value[0] = k.template dz<kReLU, kQ>(0, value[0], negative_slope, scaled_p, two_q[0]);
+            const Vec<A> sum = kDense ? cell_p[0] + gradient[0] : cell_p[0];
+            value[0] = k.template of<kReLU, kQ>(0, value[0], Vec<A>{}, negative_slope, sum, two_q[0]).dz;
             group.put(dz + w, value);
           });
         }
@@ -138,7 +161,7 @@ void input_gradient_contiguous(const InputGradientParams& p, int64_t begin, int6
 
 // -- dz where it is needed, instead of in memory -----------------------------------------------------------------------
 
-template <class T, class A, class Target, bool kReLU, bool kQ, bool kDense>
+template <class T, class A, class Target, bool kReLU, bool kQ, bool kDense, bool kResidual>
 void input_gradient_range(const InputGradientParams& p, int64_t n, int64_t h_begin, int64_t h_end, int64_t c_begin,
                           int64_t c_end, Target* target, int64_t target_row, int64_t target_pixel) {
   for (int64_t s = 0; s < segment_count(p.bins_h); ++s) {
@@ -146,7 +169,7 @@ void input_gradient_range(const InputGradientParams& p, int64_t n, int64_t h_beg
     if (rows.begin < h_begin) rows.begin = h_begin;
     if (rows.end > h_end) rows.end = h_end;
     if (rows.begin >= rows.end) continue;
-    input_gradient_rows<T, A, Target, kReLU, kQ, kDense>(
+    input_gradient_rows<T, A, Target, kReLU, kQ, kDense, kResidual>(
         p, n, rows, c_begin, c_end, target + (rows.begin - h_begin) * target_row, target_row, target_pixel);
   }
 }
@@ -161,13 +184,16 @@ template <class T, class Target>
 FormRows<Target> choose_form(const InputGradientParams& p) {
   FormRows<Target> form = nullptr;
   for_bool(p.activation.kind == ActivationKind::kReLU, [&](auto relu) {
-    if (is_extended(p.activation, p.extension)) {
+    if (needs_extended(p.map, p.activation, p.extension)) {
       form = extended_gradient_rows<T, float, Target, relu.value>;
       return;
     }
     for_bool(p.q != nullptr, [&](auto q) {
-      for_bool(p.grad_y != nullptr,
-               [&](auto dense) { form = input_gradient_range<T, float, Target, relu.value, q.value, dense.value>; });
+      for_bool(p.grad_y != nullptr, [&](auto dense) {
+        for_bool(p.extension.residual != nullptr, [&](auto residual) {
+          form = input_gradient_range<T, float, Target, relu.value, q.value, dense.value, residual.value>;
+        });
+      });
     });
   });
   return form;

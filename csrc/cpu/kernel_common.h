@@ -83,6 +83,16 @@ LAYERWISE_INLINE void with_vectors(int64_t channels, const Body& body) {
   }
 }
 
+// One group of channels of a pixel after another, `pitch` apart, may be more lines than a hardware prefetcher follows.
+constexpr int64_t kPixelsAhead = 12;
+
+template <class A, class Group, class T>
+LAYERWISE_INLINE void prefetch_ahead(const Group&, const T* pixel, int64_t pitch) {
+  const char* ahead = reinterpret_cast<const char*>(pixel + kPixelsAhead * pitch);
+  constexpr int kBytes = Group::kVectors * kLanes<A> * static_cast<int>(sizeof(T));
+  for (int b = 0; b < kBytes; b += 64) __builtin_prefetch(ahead + b);
+}
+
 // Asks for memory ahead of its use, a few lines at a time between tiles: a tile touches one line of each pixel, which
 // no hardware prefetcher foresees.
 class Prefetcher {

@@ -22,7 +22,7 @@ namespace {
 template <class T, class A>
 void statistics_channels_last(const StatisticsParams& p, int64_t begin, int64_t end) {
   const Shape& shape = p.map.shape;
-  const Blocks blocks = make_blocks(p.map, p.z_strides, p.z_copy == nullptr ? p.z_strides : p.z_copy_strides);
+  const Blocks blocks = statistics_blocks(p);
   const int64_t pitch = p.z_strides.w;
   // Backwards: the end of the map was written last and is the most likely to be in a cache.
   for (int64_t t = end - 1; t >= begin; --t) {
@@ -133,9 +133,10 @@ struct CellSums {
   }
 };
 
-template <class T, class A, bool kReLU, bool kMoments, bool kSecond>
+template <class T, class A, bool kReLU, bool kMoments, bool kSecond, bool kResidual>
 void apply_channels_last(const ApplyParams& p, int64_t begin, int64_t end) {
   const Shape& shape = p.map.shape;
+  const Extension& x = p.extension;
   const Vec<A> negative_slope = broadcast(A(p.activation.negative_slope));
   for (int64_t task = begin; task < end; ++task) {
     const int64_t n = task / p.bins_h, i = task % p.bins_h;
@@ -150,12 +151,21 @@ void apply_channels_last(const ApplyParams& p, int64_t begin, int64_t end) {
         const auto row = [&](int64_t h, auto write) ALWAYS_INLINE {
           const T* z = at<T>(p.z, p.z_strides, n, c, h, w_begin);
           T* y = write.value ? at<T>(p.y, p.y_strides, n, c, h, w_begin) : nullptr;
+          const T* residual = kResidual ? at<T>(x.residual, x.residual_strides, n, c, h, w_begin) : nullptr;
           for (int64_t w = w_begin; w < w_end; ++w, z += p.z_strides.w) {
-            Vec<A> value[kVectors];
+            Vec<A> value[kVectors], added[kVectors];
             group.get(z, value);
+            prefetch_ahead<A>(group, z, p.z_strides.w);
+            if constexpr (kResidual) {
+              group.get(residual, added);
+              prefetch_ahead<A>(group, residual, x.residual_strides.w);
+              residual += x.residual_strides.w;
+            }
             for (int v = 0; v < kVectors; ++v) {
               const Vec<A> t = value[v] - k.mean[v];
-              const Activated<Vec<A>> a = activate<kReLU>(k.u(v, t), negative_slope);
+              Vec<A> u = k.u(v, t);
+              if constexpr (kResidual) u += added[v];
+              const Activated<Vec<A>> a = activate<kReLU>(u, negative_slope);
               value[v] = a.y;
               if constexpr (kMoments) sums.add(v, a, t);
             }
@@ -216,10 +226,11 @@ void apply_contiguous(const ApplyParams& p, int64_t begin, int64_t end) {
 
 // -- Backward: sums -----------------------------------------------------------------------------------------------
 
-template <class T, class A, bool kReLU>
+template <class T, class A, bool kReLU, bool kResidual>
 void dense_sums_channels_last(const DenseSumsParams& p, int64_t begin, int64_t end) {
   const Shape& shape = p.map.shape;
-  const Blocks blocks = make_blocks(p.map, p.z_strides, p.grad_y_strides);
+  const Extension& x = p.extension;
+  const Blocks blocks = dense_blocks(p);
   const Vec<A> negative_slope = broadcast(A(p.activation.negative_slope));
   for (int64_t task = begin; task < end; ++task) {
     const Block block = block_at(blocks, task);
@@ -228,13 +239,23 @@ void dense_sums_channels_last(const DenseSumsParams& p, int64_t begin, int64_t e
       const Coefficients<A, kVectors> k(p.channels, c, group);
       const T* z = at<T>(p.z, p.z_strides, block.n, c, block.h, block.w);
       const T* g = at<T>(p.grad_y, p.grad_y_strides, block.n, c, block.h, block.w);
-      Vec<A> value[kVectors], gradient[kVectors], dbeta[kVectors] = {}, dgamma[kVectors] = {};
+      const T* residual = kResidual ? at<T>(x.residual, x.residual_strides, block.n, c, block.h, block.w) : nullptr;
+      Vec<A> value[kVectors], gradient[kVectors], added[kVectors], dbeta[kVectors] = {}, dgamma[kVectors] = {};
       for (int64_t i = 0; i < block.length; ++i, z += p.z_strides.w, g += p.grad_y_strides.w) {
         group.get(z, value);
         group.get(g, gradient);
+        prefetch_ahead<A>(group, z, p.z_strides.w);
+        prefetch_ahead<A>(group, g, p.grad_y_strides.w);
+        if constexpr (kResidual) {
+          group.get(residual, added);
+          prefetch_ahead<A>(group, residual, x.residual_strides.w);
+          residual += x.residual_strides.w;
+        }
         for (int v = 0; v < kVectors; ++v) {
           const Vec<A> t = value[v] - k.mean[v];
-          const Vec<A> du = activate<kReLU>(k.u(v, t), negative_slope).slope * gradient[v];
+          Vec<A> u = k.u(v, t);
+          if constexpr (kResidual) u += added[v];
+          const Vec<A> du = activate<kReLU>(u, negative_slope).slope * gradient[v];
           dbeta[v] += du;
           dgamma[v] += du * t;
         }
@@ -331,7 +352,7 @@ void apply(const ApplyParams& p, int64_t begin, int64_t end) {
     using T = decltype(element);
     using A = typename ComputeType<T>::type;
     for_bool(p.activation.kind == ActivationKind::kReLU, [&](auto relu) {
-      if (is_extended(p.activation, p.extension)) {
+      if (needs_extended(p.map, p.activation, p.extension)) {
         if (p.map.layout == Layout::kChannelsLast)
           extended_apply_channels_last<T, A, relu.value>(p, begin, end);
         else
@@ -341,10 +362,11 @@ void apply(const ApplyParams& p, int64_t begin, int64_t end) {
       for_bool(p.m1 != nullptr, [&](auto moments) {
         for_bool(p.m2 != nullptr, [&](auto second) {
           constexpr bool kSecond = moments.value && second.value;
-          if (p.map.layout == Layout::kChannelsLast)
-            apply_channels_last<T, A, relu.value, moments.value, kSecond>(p, begin, end);
-          else
-            apply_contiguous<T, A, relu.value, moments.value, kSecond>(p, begin, end);
+          if (p.map.layout == Layout::kContiguous)
+            return apply_contiguous<T, A, relu.value, moments.value, kSecond>(p, begin, end);
+          for_bool(p.extension.residual != nullptr, [&](auto residual) {
+            apply_channels_last<T, A, relu.value, moments.value, kSecond, residual.value>(p, begin, end);
+          });
         });
       });
     });
@@ -355,16 +377,14 @@ void dense_sums(const DenseSumsParams& p, int64_t begin, int64_t end) {
   for_dtype(p.map.dtype, [&](auto element) {
     using T = decltype(element);
     using A = typename ComputeType<T>::type;
-    const bool extended = is_extended(p.activation, p.extension);
+    const bool extended = needs_extended(p.map, p.activation, p.extension);
     for_bool(p.activation.kind == ActivationKind::kReLU, [&](auto relu) {
-      if (extended && p.map.layout == Layout::kChannelsLast)
-        extended_sums_channels_last<T, A, relu.value>(p, begin, end);
-      else if (extended)
-        extended_sums_contiguous<T, A, relu.value>(p, begin, end);
-      else if (p.map.layout == Layout::kChannelsLast)
-        dense_sums_channels_last<T, A, relu.value>(p, begin, end);
-      else
-        dense_sums_contiguous<T, A, relu.value>(p, begin, end);
+      if (p.map.layout == Layout::kContiguous)
+        return extended ? extended_sums_contiguous<T, A, relu.value>(p, begin, end)
+                        : dense_sums_contiguous<T, A, relu.value>(p, begin, end);
+      if (extended) return extended_sums_channels_last<T, A, relu.value>(p, begin, end);
+      for_bool(p.extension.residual != nullptr,
+               [&](auto residual) { dense_sums_channels_last<T, A, relu.value, residual.value>(p, begin, end); });
     });
   });
 }
@@ -381,7 +401,7 @@ void input_gradient(const InputGradientParams& p, int64_t begin, int64_t end) {
     using T = decltype(element);
     using A = typename ComputeType<T>::type;
     for_bool(p.activation.kind == ActivationKind::kReLU, [&](auto relu) {
-      if (is_extended(p.activation, p.extension)) {
+      if (needs_extended(p.map, p.activation, p.extension)) {
         if (p.map.layout == Layout::kChannelsLast)
           extended_gradient_channels_last<T, A, relu.value>(p, begin, end);
         else
@@ -390,10 +410,11 @@ void input_gradient(const InputGradientParams& p, int64_t begin, int64_t end) {
       }
       for_bool(p.q != nullptr, [&](auto q) {
         for_bool(p.grad_y != nullptr, [&](auto dense) {
-          if (p.map.layout == Layout::kChannelsLast)
-            input_gradient_channels_last<T, A, relu.value, q.value, dense.value>(p, begin, end);
-          else
-            input_gradient_contiguous<T, A, relu.value, q.value, dense.value>(p, begin, end);
+          if (p.map.layout == Layout::kContiguous)
+            return input_gradient_contiguous<T, A, relu.value, q.value, dense.value>(p, begin, end);
+          for_bool(p.extension.residual != nullptr, [&](auto residual) {
+            input_gradient_channels_last<T, A, relu.value, q.value, dense.value, residual.value>(p, begin, end);
+          });
         });
       });
     });

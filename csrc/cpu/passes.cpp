@@ -47,7 +47,7 @@ class Partials {
 }  // namespace
 
 void BatchStatistics::add(StatisticsParams p, const ParallelFor& parallel_for) {
-  const Blocks blocks = make_blocks(p.map, p.z_strides, p.z_copy == nullptr ? p.z_strides : p.z_copy_strides);
+  const Blocks blocks = statistics_blocks(p);
   const int64_t size = blocks.count * channels_;
   Partials mean(p.map, size), mean_rest(p.map, size), m2(p.map, size);
   p.block_mean = mean.data();
@@ -94,10 +94,10 @@ void apply(const ApplyParams& p, const ParallelFor& parallel_for) {
 void dense_sums(DenseSumsParams p, double* dbeta, double* dgamma, double* dslope, const ParallelFor& parallel_for) {
   const int64_t channels = p.map.shape.c;
   int64_t blocks, tasks;
-  if (is_extended(p.activation, p.extension) && p.map.layout == Layout::kChannelsLast) {
+  if (needs_extended(p.map, p.activation, p.extension) && p.map.layout == Layout::kChannelsLast) {
     blocks = tasks = p.map.shape.n * divide_up(p.extension.pooled_h, extended_rows(p.extension));
   } else {
-    const Blocks cut = make_blocks(p.map, p.z_strides, p.grad_y_strides);
+    const Blocks cut = dense_blocks(p);
     blocks = cut.count;
     tasks = cut.tasks;
   }
