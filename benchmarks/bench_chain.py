@@ -34,7 +34,7 @@ from layerwise_ext import _C, _memory
 from peers import COMPILE, DTYPES, EAGER, OURS, TrainingStep
 
 PEERS = tuple(name for name in STEPS if name != OURS)
-FULL = Sampling(warmup=1, min_rounds=5, max_rounds=30, seconds=30.0)
+FULL = Sampling(warmup=1, min_rounds=9, max_rounds=30, seconds=45.0)
 QUICK = Sampling(warmup=1, min_rounds=3, max_rounds=5, seconds=1.0)
 QUICK_CASES = (Case("vgg16", 16, 16), Case("resnet18", 16, 16))
 GPU_ROUNDS = 20
@@ -76,7 +76,7 @@ def errors(steps: dict[str, TrainingStep], expected: Sequence[torch.Tensor]) -> 
 
 
 def measure_time(case: Case, dtype: str, names: Sequence[str], sampling: Sampling, device: str) -> dict[str, Any]:
-    """One entry of "rows" in the result file; times in milliseconds, ratios are peer's time / ours.
+    """One entry of "rows" in the result file; times in milliseconds, of each round, too; ratios are peer's time / ours.
 
     Raises:
         DisagreementError: a contestant computes something else; nothing was timed.
@@ -102,6 +102,7 @@ def measure_time(case: Case, dtype: str, names: Sequence[str], sampling: Samplin
         "rounds": len(times[OURS]),
         "milliseconds": {name: Quartiles.of(1e3 * t for t in seconds).as_dict() for name, seconds in times.items()},
         "ratio": {name: ratios(times[name], times[OURS]).as_dict() for name in names if name != OURS},
+        "times": {name: [round(1e3 * t, 3) for t in seconds] for name, seconds in times.items()},
         "activation_bytes": {},
         "peak_bytes": {},
     }
@@ -171,13 +172,13 @@ def memory_ratio(entry: dict[str, Any], peer: str, kind: str = "activation_bytes
 def ratio_within(entry: dict[str, Any], peer: str) -> float | None:
     """The peer's time / that of the fastest chain that keeps within a share (TARGETS) of the peer's activation memory.
 
-    0 where no chain does, None where memory was not measured.
+    As always the median of the ratios of the rounds. 0 where no chain does, None where memory was not measured.
     """
-    bytes_of, times = entry["activation_bytes"], entry["milliseconds"]
+    bytes_of, times = entry["activation_bytes"], entry["times"]
     if not {peer, *CHAINS} <= bytes_of.keys():
         return None
     within = [name for name in CHAINS if bytes_of[name] <= TARGETS[peer] * bytes_of[peer]]
-    return max((times[peer]["median"] / times[name]["median"] for name in within), default=0.0)
+    return max((ratios(times[peer], times[name]).median for name in within), default=0.0)
 
 
 # -- Output ------------------------------------------------------------------------------------------------------------

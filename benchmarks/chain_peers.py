@@ -21,8 +21,9 @@ from torch.utils.checkpoint import checkpoint
 NUM_CLASSES = 10
 IMAGE_SIZE = 32
 
-# The chain of which the first two layers or blocks are run again; that in segments, all but the last run again.
-SEGMENTS = ("again:2", "segments:3", "segments:8", "segments:all")
+# The chain whose layers or blocks before the last index are run again, in parts that begin at the others; that in so
+# many segments, all but the last run again.
+SEGMENTS = ("again:2", "again:3,5", "segments:8", "segments:all")
 CHAINS = (OURS, *SEGMENTS)
 LAYERS = "layers"  # this package's layers one by one, without a chain
 CHECKPOINTS = ("checkpoint:1", "checkpoint:2", "checkpoint:4")  # eager, that many layers or blocks to a segment
@@ -155,6 +156,14 @@ def _segments(modules: Sequence[nn.Module], count: int) -> Iterator[nn.Module]:
         yield nn.Sequential(*modules[start:end])
 
 
+def _chain_segments(name: str, children: int) -> int | tuple[int, ...]:
+    """The argument of a FusedChain."""
+    kind, _, number = name.partition(":")
+    if kind == "again":
+        return tuple(map(int, number.split(",")))
+    return children if number == "all" else min(int(number or 1), children)
+
+
 class Checkpointed(nn.Module):
     """``features`` in segments whose inputs alone are kept (torch.utils.checkpoint)."""
 
@@ -194,9 +203,7 @@ def training_step(name: str, case: Case, dtype: torch.dtype, x: Tensor, target: 
         fused = _fused_features(features)
         chain = nn.Sequential(*fused)
         if name != LAYERS:
-            kind, _, number = name.partition(":")
-            parts = len(fused) if number == "all" else min(int(number or 1), len(fused))
-            chain = lw.nn.FusedChain(*fused, segments=(parts,) if kind == "again" else parts)
+            chain = lw.nn.FusedChain(*fused, segments=_chain_segments(name, len(fused)))
         network = nn.Sequential(chain, head)
         forward = network
     elif name in CHECKPOINTS:

@@ -379,7 +379,8 @@ def test_chain_result_file(tmp_path, monkeypatch):
     for entry in result["rows"]:
         assert entry["milliseconds"].keys() == {OURS, *SEGMENTS, LAYERS, EAGER, *CHECKPOINTS}
         assert entry["ratio"].keys() == {*SEGMENTS, LAYERS, EAGER, *CHECKPOINTS}
-        assert entry["error"].keys() == entry["milliseconds"].keys()
+        assert entry["error"].keys() == entry["times"].keys() == entry["milliseconds"].keys()
+        assert {len(rounds) for rounds in entry["times"].values()} == {entry["rounds"]}
     assert result["summary"]["fp32"]["ratio"][EAGER].keys() == {"geometric_mean", "worst"}
 
 
@@ -392,6 +393,20 @@ def test_memory_of_a_chain():
     entry = {"activation_bytes": {OURS: 1, EAGER: 2}, "peak_bytes": {OURS: 1}}
     assert bench_chain.memory_ratio(entry, EAGER) == 0.5
     assert bench_chain.memory_ratio(entry, EAGER, "peak_bytes") is None
+
+
+def test_chains_are_compared_at_equal_memory_and_within_a_round():
+    entry = {
+        "activation_bytes": dict.fromkeys(bench_chain.CHAINS, 60) | {"again:2": 50, "segments:8": 40, EAGER: 100},
+        "times": {EAGER: [10.0, 30.0, 20.0], "again:2": [8.0, 24.0, 30.0], "segments:8": [20.0, 20.0, 20.0]},
+    }
+    assert bench_chain.ratio_within(entry, EAGER) == pytest.approx(10 / 8)
+    entry["activation_bytes"] |= {"again:2": 56}
+    assert bench_chain.ratio_within(entry, EAGER) == pytest.approx(1.0)
+    entry["activation_bytes"] |= {"segments:8": 56}
+    assert bench_chain.ratio_within(entry, EAGER) == 0
+    del entry["activation_bytes"]["again:2"]
+    assert bench_chain.ratio_within(entry, EAGER) is None
 
 
 def test_different_chains_are_not_timed(monkeypatch, tmp_path, capsys):
