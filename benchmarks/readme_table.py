@@ -116,7 +116,7 @@ def _origin(result: dict[str, Any]) -> str:
 
 
 # The contestants of bench_chain.py that are shown.
-CHAINS_SHOWN = {OURS: "", "again:2": "(segments=(2,))", "segments:8": "(segments=8)"}
+CHAINS_SHOWN = {OURS: "", "again:2": "(segments=(2,))", "again:3,5": "(segments=(3, 5))"}
 
 
 def networks(results: Path) -> str:
