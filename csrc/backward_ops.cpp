@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_moments_backward_sums(Tensor z, Option
                                                                 Tensor var, OptionalTensor weight, OptionalTensor bias,
                                                                 LAYERWISE_FORM_PARAMETERS) {
   const Form form = LAYERWISE_FORM;
-  check_map("z", z, kHalf);
+  check_map("z", z);
   check_normalization(z, shape_of(z), weight, bias, mean, var, form);
   check_gradients(z, grad_y, grad_m1, grad_m2, form);
   const bool both = check_sums(z, grad_m1, grad_m2, sums, form);
@@ -162,7 +162,7 @@ std::tuple<Tensor, Tensor> bn_act_moments_backward(Tensor z, OptionalTensor grad
                                                    Tensor var, OptionalTensor weight, OptionalTensor bias,
                                                    LAYERWISE_FORM_PARAMETERS, double count, bool needs_residual) {
   const Form form = LAYERWISE_FORM;
-  check_backward(z, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, form, kHalf);
+  check_backward(z, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, form);
   const auto [map, layout] = readable_windows(z, form);
   Tensor dz = allocate_map(z, shape_of(z), layout);
   OptionalTensor grad_residual = empty_residual(z, layout, needs_residual && residual.has_value());
@@ -229,8 +229,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(bool overwrite, Tensor z, Optio
                                                  Ints dilation, int64_t groups, bool needs_input, bool needs_weight,
                                                  bool needs_residual, bool overwrite_grad_y) {
   const Form form = LAYERWISE_FORM;
-  check_backward(z, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, form, kHalf);
-  check_convolution_backward(z, input, conv_weight, stride, padding, dilation, groups, kHalf);
+  check_backward(z, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, form);
+  check_convolution_backward(z, input, conv_weight, stride, padding, dilation, groups);
   if (overwrite_grad_y) check_overwritten_gradient(z, grad_y, form, overwrite, needs_residual);
   const Shape whole = shape_of(input);
   const Ints apart = stride;
@@ -268,9 +268,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(bool overwrite, Tensor z, Optio
   if (needs_input && plain) grad_input = own_input_gradient(dz, input, conv_weight, kernel);
   if (needs_weight || (needs_input && !grad_input.has_value())) {
     const bool of_input = needs_input && !grad_input.has_value();
-    const auto [other_input, other_weight] = product ? product_gradients(dz, input, conv_weight, of_input, needs_weight)
-                                                     : convolution_gradients(dz, input, conv_weight, stride, padding,
-                                                                             dilation, groups, of_input, needs_weight);
+    const auto [other_input, other_weight] =
+        product ? product_gradients(dz, input, conv_weight, of_input, needs_weight)
+                : library_gradients(dz, input, conv_weight, stride, padding, dilation, groups, of_input, needs_weight);
     if (!grad_input.has_value()) grad_input = other_input;
     if (needs_weight) grad_weight = other_weight;
   }

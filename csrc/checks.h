@@ -11,13 +11,16 @@ namespace layerwise {
 
 // -- Checks: each names the argument, what it was and what is allowed --------------------------------------------------
 
-// float32, bfloat16, float64 and, on a device that has it, float16.
-inline void check_map(const char* name, const Tensor& t, bool half) {
-  STD_TORCH_CHECK(t.dim() == 4, name, " must have 4 dimensions [N, C, H, W], got shape ", to_string(size_of(t)));
+inline void check_dtype(const char* name, const Tensor& t) {
   const ScalarType dtype = t.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Double ||
-                      (half && dtype == ScalarType::Half),
-                  name, " must be float32, bfloat16", half ? ", float16" : "", " or float64, got ", dtype_name(dtype));
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
+                      dtype == ScalarType::Double,
+                  name, " must be float32, bfloat16, float16 or float64, got ", dtype_name(dtype));
+}
+
+inline void check_map(const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 4, name, " must have 4 dimensions [N, C, H, W], got shape ", to_string(size_of(t)));
+  check_dtype(name, t);
   STD_TORCH_CHECK(t.numel() > 0, name, " must not be empty, got shape ", to_string(size_of(t)));
 }
 
@@ -31,10 +34,7 @@ inline void check_channels(const char* name, const OptionalTensor& t, const Tens
   check_device(name, *t, map);
   STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == channels, name, " must have shape [", channels,
                   "], one value per channel, got ", to_string(size_of(*t)));
-  const ScalarType dtype = t->scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
-                      dtype == ScalarType::Double,
-                  name, " must be float32, bfloat16, float16 or float64, got ", dtype_name(dtype));
+  check_dtype(name, *t);
 }
 
 // What follows the convolution, as the operators take it; kForm in schemas.h.
@@ -188,8 +188,8 @@ inline bool check_sums(const Tensor& z, const OptionalTensor& grad_m1, const Opt
 inline void check_backward(const Tensor& z, const OptionalTensor& grad_y, const OptionalTensor& grad_m1,
                            const OptionalTensor& grad_m2, const Tensor& dgamma, const Tensor& dbeta, const Tensor& mean,
                            const Tensor& var, const OptionalTensor& weight, const OptionalTensor& bias,
-                           const Form& form, bool half) {
-  check_map("z", z, half);
+                           const Form& form) {
+  check_map("z", z);
   check_normalization(z, shape_of(z), weight, bias, mean, var, form);
   check_gradients(z, grad_y, grad_m1, grad_m2, form);
   check_channels("dgamma", dgamma, z, z.size(1));

@@ -92,8 +92,8 @@ inline std::tuple<Tensor, Tensor> convolution_backward(const Tensor& dz, const T
 }
 
 inline void check_convolution_backward(const Tensor& z, const Tensor& input, const Tensor& weight, const Ints& stride,
-                                       const Ints& padding, const Ints& dilation, int64_t groups, bool half) {
-  check_map("input", input, half);
+                                       const Ints& padding, const Ints& dilation, int64_t groups) {
+  check_map("input", input);
   check_device("input", input, z);
   const Shape out = convolution_shape(input, weight, stride, padding, dilation, groups);
   const Ints expected{out.n, out.c, out.h, out.w};

@@ -70,6 +70,30 @@ inline void own_convolution(const Tensor& x, const void* w, const Strides& w_str
   cpu::convolution(p, statistics, parallel_for);
 }
 
+inline Tensor widened(const Tensor& t) { return torch::stable::to(t, ScalarType::Float); }
+
+// ATen's convolution.  Of float16 it is float32's, rounded: with processors that cannot multiply float16, ATen's own takes
+// up to seventy times as long.
+inline Tensor library_convolution(const Tensor& input, const Tensor& w, const Ints& stride, const Ints& padding,
+                                  const Ints& dilation, int64_t groups) {
+  if (input.scalar_type() != ScalarType::Half) return convolution(input, w, stride, padding, dilation, groups);
+  const Tensor z = convolution(widened(input), widened(w), stride, padding, dilation, groups);
+  return torch::stable::to(z, ScalarType::Half);
+}
+
+// The gradients in the same way.
+inline std::tuple<Tensor, Tensor> library_gradients(const Tensor& dz, const Tensor& input, const Tensor& weight,
+                                                    const Ints& stride, const Ints& padding, const Ints& dilation,
+                                                    int64_t groups, bool needs_input, bool needs_weight) {
+  if (dz.scalar_type() != ScalarType::Half)
+    return convolution_gradients(dz, input, weight, stride, padding, dilation, groups, needs_input, needs_weight);
+  auto [grad_input, grad_weight] =
+      convolution_backward(widened(dz), widened(input), widened(weight_as(weight, ScalarType::Half)), stride, padding,
+                           dilation, groups, needs_input, needs_weight);
+  if (needs_weight) grad_weight = as_gradient_of(weight, grad_weight);
+  return {torch::stable::to(grad_input, ScalarType::Half), grad_weight};
+}
+
 // Samples [first, last).
 inline Tensor samples(const Tensor& t, int64_t first, int64_t last) {
   Tensor narrowed = t;  // narrow takes a tensor that it may change
@@ -201,12 +225,12 @@ inline std::pair<Tensor, Statistics> convolve(const Tensor& input, const Tensor&
                     needs_statistics ? &batch : nullptr);
     if (needs_statistics) statistics = finish(batch, s.c);
   } else if (pieces == 1) {
-    z = convolution(input, w, stride, padding, dilation, groups);
+    z = library_convolution(input, w, stride, padding, dilation, groups);
   } else {
     for (int64_t i = 0; i < pieces; ++i) {
       const int64_t first = s.n * i / pieces, last = s.n * (i + 1) / pieces;
       const auto [piece, layout] =
-          readable(convolution(samples(input, first, last), w, stride, padding, dilation, groups));
+          readable(library_convolution(samples(input, first, last), w, stride, padding, dilation, groups));
       if (!z.has_value()) z = allocate_map(input, s, layout);
       StatisticsParams p = statistics_params(piece, layout);
       p.z_copy_strides = strides_of(*z);

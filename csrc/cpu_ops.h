@@ -12,8 +12,6 @@
 
 namespace layerwise {
 
-constexpr bool kHalf = false;  // float16 maps
-
 inline void parallel_for(int64_t tasks, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
   torch::stable::parallel_for(0, tasks, grain, body);
 }

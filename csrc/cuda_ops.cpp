@@ -14,8 +14,6 @@
 namespace layerwise {
 namespace {
 
-constexpr bool kHalf = true;  // float16 maps
-
 Layout layout_of(const Tensor& z) {
   return z.size(1) > 1 && z.stride(1) == 1 ? Layout::kChannelsLast : Layout::kContiguous;
 }
@@ -136,7 +134,7 @@ Moments apply(const Tensor& z, Layout layout, const Normalization& normalization
 }
 
 std::tuple<Tensor, Tensor> batch_norm_statistics(Tensor z) {
-  check_map("z", z, kHalf);
+  check_map("z", z);
   return statistics(z, layout_of(z), Device(z));
 }
 
@@ -145,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_moments(
     LAYERWISE_FORM_PARAMETERS, bool second_moment, bool needs_y) {
   const Form form = LAYERWISE_FORM;
   check_outputs(form, needs_y);
-  check_map("z", z, kHalf);
+  check_map("z", z);
   check_normalization(z, shape_of(z), weight, bias, given_mean, given_var, form);
   const Device device(z);
   const Layout layout = layout_of(z);
@@ -176,7 +174,7 @@ ConvolutionResult convolve(const Tensor& input, const Tensor& conv_weight, const
 
 std::tuple<Tensor, Tensor, Tensor> convolution_statistics(Tensor input, Tensor conv_weight, Ints stride, Ints padding,
                                                           Ints dilation, int64_t groups) {
-  check_map("input", input, kHalf);
+  check_map("input", input);
   const Shape s = convolution_shape(input, conv_weight, stride, padding, dilation, groups);
   return convolve(input, conv_weight, s, stride, padding, dilation, groups, Device(input));
 }
@@ -187,7 +185,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_m
     LAYERWISE_FORM_PARAMETERS, bool second_moment, bool needs_y) {
   const Form form = LAYERWISE_FORM;
   check_outputs(form, needs_y);
-  check_map("input", input, kHalf);
+  check_map("input", input);
   const Shape s = convolution_shape(input, conv_weight, stride, padding, dilation, groups);
   check_channels("conv_bias", conv_bias, input, s.c);
   check_normalization(input, s, weight, bias, given_mean, given_var, form);
@@ -240,7 +238,7 @@ Tensor conv_bn_act_inference(Tensor input, Tensor conv_weight, OptionalTensor co
                              OptionalTensor bias, Tensor mean, Tensor var, Ints stride, Ints padding, Ints dilation,
                              int64_t groups, LAYERWISE_FORM_PARAMETERS) {
   const Form form = LAYERWISE_FORM;
-  check_map("input", input, kHalf);
+  check_map("input", input);
   const Shape s = convolution_shape(input, conv_weight, stride, padding, dilation, groups);
   check_channels("conv_bias", conv_bias, input, s.c);
   check_normalization(input, s, weight, bias, mean, var, form);
@@ -282,7 +280,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_moments_backward_sums(Tensor z, Option
                                                                 Tensor var, OptionalTensor weight, OptionalTensor bias,
                                                                 LAYERWISE_FORM_PARAMETERS) {
   const Form form = LAYERWISE_FORM;
-  check_map("z", z, kHalf);
+  check_map("z", z);
   check_normalization(z, shape_of(z), weight, bias, mean, var, form);
   check_gradients(z, grad_y, grad_m1, grad_m2, form);
   const bool both = check_sums(z, grad_m1, grad_m2, sums, form);
@@ -381,7 +379,7 @@ std::tuple<Tensor, Tensor> bn_act_moments_backward(Tensor z, OptionalTensor grad
                                                    Tensor var, OptionalTensor weight, OptionalTensor bias,
                                                    LAYERWISE_FORM_PARAMETERS, double count, bool needs_residual) {
   const Form form = LAYERWISE_FORM;
-  check_backward(z, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, form, kHalf);
+  check_backward(z, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, form);
   const Device device(z);
   const Normalization normalization(z, mean, var, weight, bias, form);
   Tensor dz = empty_map(z, shape_of(z), layout_of(z), z.scalar_type());
@@ -399,8 +397,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(bool overwrite, Tensor z, Optio
                                                  Ints dilation, int64_t groups, bool needs_input, bool needs_weight,
                                                  bool needs_residual, bool overwrite_grad_y) {
   const Form form = LAYERWISE_FORM;
-  check_backward(z, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, form, kHalf);
-  check_convolution_backward(z, input, conv_weight, stride, padding, dilation, groups, kHalf);
+  check_backward(z, grad_y, grad_m1, grad_m2, dgamma, dbeta, mean, var, weight, bias, form);
+  check_convolution_backward(z, input, conv_weight, stride, padding, dilation, groups);
   if (overwrite_grad_y) check_overwritten_gradient(z, grad_y, form, overwrite, needs_residual);
   const Device device(z);
   const Normalization normalization(z, mean, var, weight, bias, form);

@@ -62,7 +62,7 @@ Moments apply(const Tensor& z, Layout layout, Layout target, Normalization& norm
 }
 
 std::tuple<Tensor, Tensor> batch_norm_statistics(Tensor z) {
-  check_map("z", z, kHalf);
+  check_map("z", z);
   const auto [map, layout] = readable(z);
   const Statistics s = batch_statistics(map, layout);
   return {channel_tensor(z, s.mean), channel_tensor(z, s.var)};
@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_moments(Tensor
                                                                           bool second_moment, bool needs_y) {
   const Form form = LAYERWISE_FORM;
   check_outputs(form, needs_y);
-  check_map("z", z, kHalf);
+  check_map("z", z);
   check_normalization(z, shape_of(z), weight, bias, mean, var, form);
 
   const auto [map, layout] = readable_windows(z, form);
@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_moments(Tensor
 
 std::tuple<Tensor, Tensor, Tensor> convolution_statistics(Tensor input, Tensor conv_weight, Ints stride, Ints padding,
                                                           Ints dilation, int64_t groups) {
-  check_map("input", input, kHalf);
+  check_map("input", input);
   const Shape s = convolution_shape(input, conv_weight, stride, padding, dilation, groups);
   const auto [z, statistics] = convolve(input, conv_weight, s, stride, padding, dilation, groups, true);
   return {z, channel_tensor(z, statistics.mean), channel_tensor(z, statistics.var)};
@@ -99,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_m
     LAYERWISE_FORM_PARAMETERS, bool second_moment, bool needs_y) {
   const Form form = LAYERWISE_FORM;
   check_outputs(form, needs_y);
-  check_map("input", input, kHalf);
+  check_map("input", input);
   const Shape s = convolution_shape(input, conv_weight, stride, padding, dilation, groups);
   check_channels("conv_bias", conv_bias, input, s.c);
   check_normalization(input, s, weight, bias, mean, var, form);
@@ -124,7 +124,7 @@ Tensor conv_bn_act_inference(Tensor input, Tensor conv_weight, OptionalTensor co
                              OptionalTensor bias, Tensor mean, Tensor var, Ints stride, Ints padding, Ints dilation,
                              int64_t groups, LAYERWISE_FORM_PARAMETERS) {
   const Form form = LAYERWISE_FORM;
-  check_map("input", input, kHalf);
+  check_map("input", input);
   const Shape s = convolution_shape(input, conv_weight, stride, padding, dilation, groups);
   check_channels("conv_bias", conv_bias, input, s.c);
   check_normalization(input, s, weight, bias, mean, var, form);
@@ -143,8 +143,9 @@ Tensor conv_bn_act_inference(Tensor input, Tensor conv_weight, OptionalTensor co
     Form part = form;
     if (pieces > 1 && residual.has_value()) part.residual = samples(*residual, first, last);
     const Tensor z =
-        pieces > 1 ? readable(convolution(samples(input, first, last), w, stride, padding, dilation, groups)).first
-                   : convolve(input, w, s, stride, padding, dilation, groups, false).first;
+        pieces > 1
+            ? readable(library_convolution(samples(input, first, last), w, stride, padding, dilation, groups)).first
+            : convolve(input, w, s, stride, padding, dilation, groups, false).first;
     const Layout layout = result_layout(z);
     const auto [cut, cut_layout] = readable_windows(z, form);
     Normalization normalization(cut, cut_layout, shifted, variance, weight, bias, part);

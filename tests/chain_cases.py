@@ -120,16 +120,19 @@ def compare(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: f
         assert actual[name].stride() == value.stride(), name
         if name.startswith("gradient"):
             difference = (actual[name].double() - value.double()).norm()
-            # A learned slope's gradient is one number, a sum of many that nearly cancel.
-            rounding = 4 * torch.finfo(value.dtype).eps if tolerance and value.numel() == 1 else 0.0
-            assert difference <= (tolerance + rounding) * value.double().norm() + 1e-12, name
+            size = value.double().norm()
+            limit = tolerance * size + 1e-12
+            # A learned slope's gradient is one number, a sum of terms of order one: roundings remain where they cancel.
+            if tolerance and value.numel() == 1:
+                limit += 4 * torch.finfo(value.dtype).eps * max(size, 1.0)
+            assert difference <= limit, name
         else:
             assert torch.equal(actual[name], value), name
 
 
 # The backward pass has mean and variance in float32, here as in a layer by itself. The forward pass has them in double,
 # so that an activation recomputed from float32 maps may differ from the first one in its last bit.
-TOLERANCE = {torch.float64: 0.0, torch.float32: 1e-5, torch.bfloat16: 1e-3}
+TOLERANCE = {torch.float64: 0.0, torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-4}
 
 
 class Plain(nn.Module):

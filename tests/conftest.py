@@ -37,6 +37,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in left_out]
 
 
+@pytest.fixture
+def restored_capability() -> Iterator[None]:
+    before = _C.cpu_capability()
+    yield
+    _C.set_cpu_capability(before)
+
+
 @pytest.fixture(params=AVX512)
 def capability(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set of this machine that has convolutions of this package's own."""

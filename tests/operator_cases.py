@@ -15,9 +15,12 @@ import torch.nn.functional as F
 from layerwise_ext import _C, functional, reference
 from torch import Tensor
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-if backends.installed():
-    DTYPES["float16"] = torch.float16  # CUDA only
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+    "float16": torch.float16,
+}
 CAPABILITIES = [_C.cpu_capability()] if backends.installed() else _C.cpu_capabilities()  # the CUDA code has one
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 MARGIN = 1e-3

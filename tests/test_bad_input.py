@@ -95,12 +95,6 @@ def test_capability_must_exist() -> None:
 
 
 @pytest.mark.cpu_kernels
-def test_no_float16_on_the_cpu() -> None:
-    with pytest.raises(RuntimeError, match="z must be float32, bfloat16 or float64, got Half"):
-        functional.bn_act_moments(Z.half(), training=True)
-
-
-@pytest.mark.cpu_kernels
 def test_cache_of_activations() -> None:
     """Large activations come from a pool that keeps them for the next step."""
     limit = _C.cache_limit()

@@ -247,13 +247,6 @@ def test_any_shape(data: st.DataObject) -> None:
     compare(z, params, torch.float32, layout, kind, bins=bins, activation=activation, training=training)
 
 
-@pytest.fixture
-def restored_capability() -> Any:
-    before = _C.cpu_capability()
-    yield
-    _C.set_cpu_capability(before)
-
-
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_capability(capability: str, restored_capability: None) -> None:
     _C.set_cpu_capability(capability)

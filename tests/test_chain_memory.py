@@ -40,7 +40,7 @@ from torch.utils.checkpoint import checkpoint
 
 @even_kernel
 @pytest.mark.parametrize("segments", [2, 3, (1,), (1, 2)])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", NETS)
 def test_segments(name: str, dtype: torch.dtype, segments: int | tuple[int, ...]) -> None:
     peer, chain = pair(name, dtype, "channels_last")

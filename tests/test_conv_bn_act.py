@@ -13,6 +13,7 @@ from operator_cases import eager as eager_bn
 from torch import Tensor
 
 EPS = 1e-3
+HALVES = [torch.bfloat16, torch.float16]
 
 # input, weight, stride, padding, dilation, groups, bins
 CONVOLUTIONS: dict[str, Any] = {
@@ -154,10 +155,11 @@ def test_1x1_with_strides_exactly(dtype: str, needs: tuple[bool, bool]) -> None:
 
 @pytest.mark.parametrize("weight_layout", ["contiguous", "channels_last", "transposed", "every other"])
 @pytest.mark.parametrize("needs", [("input",), ("conv_weight",), ("input", "conv_weight")], ids="+".join)
-def test_1x1_under_autocast(weight_layout: str, needs: tuple[str, ...]) -> None:
-    """A float32 weight under any strides with bfloat16 maps: its gradient has its dtype and strides."""
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_1x1_under_autocast(dtype: torch.dtype, weight_layout: str, needs: tuple[str, ...]) -> None:
+    """A float32 weight under any strides with maps of 16 bits: its gradient has its dtype and strides."""
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 40, 16, 17, generator=g).bfloat16().contiguous(memory_format=torch.channels_last)
+    x = torch.randn(2, 40, 16, 17, generator=g).to(dtype).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(64, 40, 1, 1, generator=g)
     if weight_layout == "channels_last":
         weight = weight.contiguous(memory_format=torch.channels_last)
@@ -168,11 +170,11 @@ def test_1x1_under_autocast(weight_layout: str, needs: tuple[str, ...]) -> None:
     tensors = {"input": x, "conv_weight": weight}
     for name in needs:
         tensors[name].requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         y, m1, _ = functional.conv_bn_act_moments(*tensors.values(), training=True, activation="identity", bins=(2, 2))
     weights = torch.randn(y.shape, generator=g)
     leaves = [tensors[name] for name in needs]
-    gradients = torch.autograd.grad([y, m1], leaves, [weights.bfloat16(), torch.ones_like(m1)])
+    gradients = torch.autograd.grad([y, m1], leaves, [weights.to(dtype), torch.ones_like(m1)])
     exact = {name: t.detach().double().requires_grad_(name in needs) for name, t in tensors.items()}
     exact_y, exact_m1, _ = reference.conv_bn_act_moments(
         *exact.values(), training=True, activation="identity", bins=(2, 2)
@@ -223,12 +225,13 @@ def test_large_batch_in_pieces(layout: str, training: bool) -> None:
         check(key, ours[key], value, peer[key])
 
 
-def test_half_precision_autocast_is_bfloat16() -> None:
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_autocast(dtype: torch.dtype) -> None:
     x = torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
     w = torch.randn(32, 3, 3, 3, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         y, m1, _ = functional.conv_bn_act_moments(x, w, training=True, bins=2)
-    assert y.dtype == torch.bfloat16 and m1.dtype == torch.float32
+    assert y.dtype == dtype and m1.dtype == torch.float32
     m1.sum().backward()
     assert w.grad is not None and w.grad.dtype == torch.float32
 
@@ -278,7 +281,7 @@ def test_inference(options: dict[str, Any], dtype: str, layout: str) -> None:
 
 
 @pytest.mark.cpu_kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["channels_last", "contiguous"])
 def test_inference_of_large_maps(dtype: torch.dtype, layout: torch.memory_format) -> None:
     """Beyond 16 MiB the batch goes through in pieces; the numbers are those of the layer with gradients."""
@@ -293,5 +296,5 @@ def test_inference_of_large_maps(dtype: torch.dtype, layout: torch.memory_format
             y = functional.conv_bn_act(x, w, bias, **channels, **options)
         expected = functional.conv_bn_act(x, w.clone().requires_grad_(), bias, **channels, **options).detach()
         assert y.is_contiguous(memory_format=layout)
-        tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+        tolerance = max(1e-5, 3 * torch.finfo(dtype).eps)
         torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)

@@ -52,7 +52,7 @@ def fused_weight_gradient(layout: torch.memory_format, dtype: torch.dtype) -> li
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 def test_bit_identical_over_threads_and_runs(layout: torch.memory_format, dtype: torch.dtype) -> None:
     torch.set_num_threads(1)

@@ -31,7 +31,7 @@ constexpr int64_t kBlockLength = 512;
 constexpr int64_t kPieceLength = 2048;
 
 static inline int64_t element_size(DType dtype) {
-  return dtype == DType::kBFloat16 ? 2 : dtype == DType::kFloat32 ? 4 : 8;
+  return dtype == DType::kFloat32 ? 4 : dtype == DType::kFloat64 ? 8 : 2;
 }
 
 static inline bool rows_follow_each_other(const Shape& shape, const Strides& s) { return s.h == shape.w * s.w; }

@@ -41,7 +41,7 @@ LAYERWISE_INLINE Values<T> rounded(Values<T> v) {
   if constexpr (sizeof(T) == sizeof(v[0])) {
     return v;
   } else {
-    return widen(narrow(v));
+    return T::widen(T::narrow(v));
   }
 }
 

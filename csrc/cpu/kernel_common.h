@@ -49,10 +49,10 @@ void for_dtype(DType dtype, const Body& body) {
       return body(float{});
     case DType::kBFloat16:
       return body(BFloat16{});
+    case DType::kFloat16:
+      return body(Float16{});
     case DType::kFloat64:
       return body(double{});
-    case DType::kFloat16:
-      break;  // no CPU kernels
   }
 }
 

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -22,10 +22,6 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
-struct BFloat16 {
-  uint16_t bits;
-};
-
 template <class A>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
 
@@ -36,7 +32,7 @@ struct VectorType {
 template <class T, int kCount>
 using Vector = typename VectorType<T, kCount>::type;
 
-// Compute vector: float for float32 and bfloat16 storage, double for float64.
+// Compute vector: float for float32, bfloat16 and float16 storage, double for float64.
 template <class A>
 using Vec = Vector<A, kLanes<A>>;
 
@@ -54,24 +50,72 @@ LAYERWISE_INLINE Vec<A> broadcast(A value) {
   return Vec<A>{} + value;
 }
 
-// -- Conversions ------------------------------------------------------------------------------------------------
+// -- Storage types of 16 bits -----------------------------------------------------------------------------------------
 
-using Half16 = Vector<uint16_t, kLanes<float>>;
+using Bits16 = Vector<uint16_t, kLanes<float>>;
 using Bits32 = Vector<uint32_t, kLanes<float>>;
 
-LAYERWISE_INLINE Vec<float> widen(Half16 h) { return (Vec<float>)(__builtin_convertvector(h, Bits32) << 16); }
+// Both round to nearest even; NaN stays NaN.
+struct BFloat16 {
+  uint16_t bits;
 
-// Round to nearest even; NaN stays NaN.
-LAYERWISE_INLINE Half16 narrow(Vec<float> v) {
+  static LAYERWISE_MEMBER Vec<float> widen(Bits16 h) { return (Vec<float>)(__builtin_convertvector(h, Bits32) << 16); }
+
+  static LAYERWISE_MEMBER Bits16 narrow(Vec<float> v) {
 #if defined(__AVX512BF16__)
-  return (Half16)_mm512_cvtneps_pbh((__m512)v);
+    return (Bits16)_mm512_cvtneps_pbh((__m512)v);
 #else
-  const Bits32 bits = (Bits32)v;
-  const Bits32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const Bits32 quiet_nan = (bits >> 16) | 0x40;
-  return __builtin_convertvector(v == v ? rounded : quiet_nan, Half16);
+    const Bits32 bits = (Bits32)v;
+    const Bits32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Bits32 quiet_nan = (bits >> 16) | 0x40;
+    return __builtin_convertvector(v == v ? rounded : quiet_nan, Bits16);
 #endif
-}
+  }
+};
+
+struct Float16 {
+  uint16_t bits;
+
+#if defined(__AVX512F__)
+  static LAYERWISE_MEMBER Vec<float> widen(Bits16 h) { return (Vec<float>)_mm512_cvtph_ps((__m256i)h); }
+  static LAYERWISE_MEMBER Bits16 narrow(Vec<float> v) {
+    return (Bits16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+#elif defined(__F16C__)
+  static LAYERWISE_MEMBER Vec<float> widen(Bits16 h) { return (Vec<float>)_mm256_cvtph_ps((__m128i)h); }
+  static LAYERWISE_MEMBER Bits16 narrow(Vec<float> v) {
+    return (Bits16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+#else
+  // The exponent's bias is 15 instead of 127, the fraction has 10 bits instead of 23.
+  static constexpr uint32_t kBias = (127 - 15) << 23;
+
+  static LAYERWISE_MEMBER Vec<float> widen(Bits16 h) {
+    const Bits32 bits = __builtin_convertvector(h, Bits32), size = (bits & 0x7fff) << 13;
+    const Bits32 exponent = size & (0x1f << 23), least = size + kBias + (1 << 23);
+    // Below the least exponent the fraction has no leading one: it is added and, as a number, taken away again.
+    const Bits32 subnormal = (Bits32)((Vec<float>)least - (Vec<float>)(Bits32{} + kBias + (1 << 23)));
+    const Bits32 infinite_or_nan = size + 2 * kBias;
+    const Bits32 normal = exponent == (0x1f << 23) ? infinite_or_nan : size + kBias;
+    return (Vec<float>)((exponent == 0 ? subnormal : normal) | (bits & 0x8000) << 16);
+  }
+
+  static LAYERWISE_MEMBER Bits16 narrow(Vec<float> v) {
+    const Bits32 bits = (Bits32)v, size = bits & 0x7fffffff;
+    // The sum with a number whose last bit is float16's last one is rounded there.
+    const Bits32 magic = Bits32{} + kBias + (14 << 23);
+    const Bits32 subnormal = (Bits32)((Vec<float>)size + (Vec<float>)magic) - magic;
+    const Bits32 normal = (size - kBias + 0xfff + ((size >> 13) & 1)) >> 13;
+    const Bits32 infinite_or_nan = size > 0x7f800000 ? Bits32{} + 0x7e00 : Bits32{} + 0x7c00;
+    const Bits32 finite = size < kBias + (1 << 23) ? subnormal : normal;
+    const Bits32 rounded = size < kBias + (0x1f << 23) ? finite : infinite_or_nan;
+    return __builtin_convertvector(rounded | (bits >> 16 & 0x8000), Bits16);
+  }
+#endif
+};
+
+template <class T>
+concept Stored16 = sizeof(T) == 2;
 
 // -- Whole vectors: no alignment is assumed --------------------------------------------------------------------------
 
@@ -84,12 +128,16 @@ LAYERWISE_INLINE V load_bits(const void* source) {
 
 LAYERWISE_INLINE Vec<float> load(const float* source) { return load_bits<Vec<float>>(source); }
 LAYERWISE_INLINE Vec<double> load(const double* source) { return load_bits<Vec<double>>(source); }
-LAYERWISE_INLINE Vec<float> load(const BFloat16* source) { return widen(load_bits<Half16>(source)); }
+template <Stored16 T>
+LAYERWISE_INLINE Vec<float> load(const T* source) {
+  return T::widen(load_bits<Bits16>(source));
+}
 
 LAYERWISE_INLINE void store(float* target, Vec<float> v) { __builtin_memcpy(target, &v, sizeof v); }
 LAYERWISE_INLINE void store(double* target, Vec<double> v) { __builtin_memcpy(target, &v, sizeof v); }
-LAYERWISE_INLINE void store(BFloat16* target, Vec<float> v) {
-  const Half16 h = narrow(v);
+template <Stored16 T>
+LAYERWISE_INLINE void store(T* target, Vec<float> v) {
+  const Bits16 h = T::narrow(v);
   __builtin_memcpy(target, &h, sizeof h);
 }
 
@@ -110,8 +158,9 @@ LAYERWISE_INLINE Vec<float> load(const float* source, int count) {
 LAYERWISE_INLINE Vec<double> load(const double* source, int count) {
   return (Vec<double>)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1), source);
 }
-LAYERWISE_INLINE Vec<float> load(const BFloat16* source, int count) {
-  return widen((Half16)_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), source));
+template <Stored16 T>
+LAYERWISE_INLINE Vec<float> load(const T* source, int count) {
+  return T::widen((Bits16)_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), source));
 }
 LAYERWISE_INLINE void store(float* target, Vec<float> v, int count) {
   _mm512_mask_storeu_ps(target, static_cast<__mmask16>((1u << count) - 1), (__m512)v);
@@ -119,8 +168,9 @@ LAYERWISE_INLINE void store(float* target, Vec<float> v, int count) {
 LAYERWISE_INLINE void store(double* target, Vec<double> v, int count) {
   _mm512_mask_storeu_pd(target, static_cast<__mmask8>((1u << count) - 1), (__m512d)v);
 }
-LAYERWISE_INLINE void store(BFloat16* target, Vec<float> v, int count) {
-  _mm256_mask_storeu_epi16(target, static_cast<__mmask16>((1u << count) - 1), (__m256i)narrow(v));
+template <Stored16 T>
+LAYERWISE_INLINE void store(T* target, Vec<float> v, int count) {
+  _mm256_mask_storeu_epi16(target, static_cast<__mmask16>((1u << count) - 1), (__m256i)T::narrow(v));
 }
 #else
 template <class V, class T>
@@ -137,11 +187,15 @@ LAYERWISE_INLINE void store_lanes(T* target, V v, int count) {
 }
 LAYERWISE_INLINE Vec<float> load(const float* source, int count) { return load_lanes<Vec<float>>(source, count); }
 LAYERWISE_INLINE Vec<double> load(const double* source, int count) { return load_lanes<Vec<double>>(source, count); }
-LAYERWISE_INLINE Vec<float> load(const BFloat16* source, int count) { return widen(load_lanes<Half16>(source, count)); }
+template <Stored16 T>
+LAYERWISE_INLINE Vec<float> load(const T* source, int count) {
+  return T::widen(load_lanes<Bits16>(source, count));
+}
 LAYERWISE_INLINE void store(float* target, Vec<float> v, int count) { store_lanes(target, v, count); }
 LAYERWISE_INLINE void store(double* target, Vec<double> v, int count) { store_lanes(target, v, count); }
-LAYERWISE_INLINE void store(BFloat16* target, Vec<float> v, int count) {
-  store_lanes(reinterpret_cast<uint16_t*>(target), narrow(v), count);
+template <Stored16 T>
+LAYERWISE_INLINE void store(T* target, Vec<float> v, int count) {
+  store_lanes(reinterpret_cast<uint16_t*>(target), T::narrow(v), count);
 }
 #endif
 
@@ -209,15 +263,16 @@ template <class T>
 struct Pair {
   static constexpr int kVectors = 2;
 
-  template <class V>
-  __attribute__((always_inline)) void get(const T* source, V (&v)[2]) const {
+  // Of elements T or of its compute type.
+  template <class S, class V>
+  __attribute__((always_inline)) void get(const S* source, V (&v)[2]) const {
     v[0] = load(source);
-    v[1] = load(source + kLanes<T>);
+    v[1] = load(source + kLanes<typename ComputeType<T>::type>);
   }
-  template <class V>
-  __attribute__((always_inline)) void put(T* target, const V (&v)[2]) const {
+  template <class S, class V>
+  __attribute__((always_inline)) void put(S* target, const V (&v)[2]) const {
     store(target, v[0]);
-    store(target + kLanes<T>, v[1]);
+    store(target + kLanes<typename ComputeType<T>::type>, v[1]);
   }
 };
 
@@ -237,8 +292,8 @@ struct Pair<BFloat16> {
     const __m512i evens_then_odds = (__m512i)_mm512_cvtne2ps_pbh((__m512)v[1], (__m512)v[0]);
     _mm512_storeu_si512(target, _mm512_permutexvar_epi16(interleaved_halves(), evens_then_odds));
 #else
-    const __m512i even = _mm512_cvtepu16_epi32((__m256i)narrow(v[0]));
-    const __m512i odd = _mm512_cvtepu16_epi32((__m256i)narrow(v[1]));
+    const __m512i even = _mm512_cvtepu16_epi32((__m256i)BFloat16::narrow(v[0]));
+    const __m512i odd = _mm512_cvtepu16_epi32((__m256i)BFloat16::narrow(v[1]));
     _mm512_storeu_si512(target, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
 #endif
   }

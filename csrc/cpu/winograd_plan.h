@@ -90,7 +90,8 @@ static inline int64_t winograd_gradient_scratch(const WinogradPlan& p, const Sha
 
 // Whether a convolution can be done this way at a gain: elsewhere tiles are mostly edge, or transforms all the work.
 static inline bool winograd_applies(const Map& z, const Shape& x, const Strides& x_strides, const Window& window) {
-  if (z.layout != Layout::kChannelsLast || z.dtype == DType::kFloat64 || x_strides.c != 1) return false;
+  if (z.layout != Layout::kChannelsLast || x_strides.c != 1) return false;
+  if (z.dtype != DType::kFloat32 && z.dtype != DType::kBFloat16) return false;
   if (window.kernel_h != kWinogradTaps || window.kernel_w != kWinogradTaps || window.stride_h != 1 ||
       window.stride_w != 1 || window.dilation_h != 1 || window.dilation_w != 1)
     return false;

@@ -1,8 +1,8 @@
 """Fused operators: batch norm, activation and pooled moments in one pass over the pre-activation, each way.
 
-All take maps ``[N, C, H, W]`` in float32, bfloat16 or float64 (on CUDA float16, too), ``channels_last`` or contiguous,
-each read in its own layout; statistics, moments and their gradients are float32 (float64 for float64 maps). The
-formulas stand in :mod:`layerwise_ext.reference`, which is the specification.
+All take maps ``[N, C, H, W]`` in float32, bfloat16, float16 or float64, ``channels_last`` or contiguous, each read in
+its own layout; statistics, moments and their gradients are float32 (float64 for float64 maps). The formulas stand in
+:mod:`layerwise_ext.reference`, which is the specification.
 """
 
 from __future__ import annotations

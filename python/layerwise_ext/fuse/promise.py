@@ -20,10 +20,8 @@ from torch.utils import _pytree as pytree
 from layerwise_ext import functional
 from layerwise_ext.nn.conv import describe_activation
 
-_MAP_DTYPES = {
-    "cpu": (torch.float32, torch.bfloat16, torch.float64),
-    "cuda": (torch.float32, torch.bfloat16, torch.float64, torch.float16),
-}
+_DEVICES = ("cpu", "cuda")
+_MAP_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 # -- Activations -------------------------------------------------------------------------------------------------------
@@ -128,7 +126,9 @@ def _is_plain(t: Any) -> bool:
 
 def is_deferrable(x: Any) -> bool:
     """Whether the operator takes such an input in this state of PyTorch."""
-    if not _is_plain(x) or x.dim() != 4 or x.dtype not in _MAP_DTYPES.get(x.device.type, ()) or x.numel() == 0:
+    if not _is_plain(x) or x.dim() != 4 or x.numel() == 0:
+        return False
+    if x.device.type not in _DEVICES or x.dtype not in _MAP_DTYPES:
         return False
     if torch.compiler.is_compiling():
         return True
@@ -205,7 +205,7 @@ class Call:
     ) -> tuple[Any, ...] | None:
         """The arguments of ``conv2d``, padding in numbers; None where the operator refuses what PyTorch may take."""
         x = self.x
-        if not _is_plain(weight) or weight.device != self.device or self.dtype not in _MAP_DTYPES[self.device_type]:
+        if not _is_plain(weight) or weight.device != self.device or self.dtype not in _MAP_DTYPES:
             return None
         if weight.dtype != x.dtype and self.autocast is None:
             return None

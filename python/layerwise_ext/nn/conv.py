@@ -67,7 +67,7 @@ class ConvBNReLU2d(nn.Module):
         ceil_mode: whether windows that the edge cuts off count, as in the pooling layers.
         process_group: the processes whose batches are normalised together in training, also where
             DistributedDataParallel refuses a SyncBatchNorm (on the CPU).
-        device, dtype: of the parameters; float32, bfloat16 or float64.
+        device, dtype: of the parameters; float32, bfloat16, float16 or float64.
 
     Shapes:
         input ``[N, in_channels, H, W]``; residual ``[N, out_channels, H', W']``, the shape of the convolution's output;

@@ -82,7 +82,7 @@ class Trainer(Resumable, Evaluator):
         TypeError: ``process_group`` is no process group.
         ValueError: an argument out of range; a sequence of another length than there are optimisers; (``cuda_graph``)
             stages that are not on a CUDA device, a batch norm with ``momentum=None``, ``accumulate`` above 1, float16,
-            several processes; float16 on another device.
+            several processes.
 
     Attributes:
         epoch: number of finished epochs, over all stages.
@@ -123,7 +123,7 @@ class Trainer(Resumable, Evaluator):
         if device is None:
             device = next(p.device for stage in self.stages for p in stage.parameters())
         self.device = torch.device(device)
-        precision.check(autocast_dtype, self.device, cuda_graph)
+        precision.check(autocast_dtype, cuda_graph)
         if cuda_graph:
             _graphs.check_device(self.device)
             _graphs.check_capturable(self.stages)

@@ -7,18 +7,13 @@ import torch
 DTYPES = (torch.bfloat16, torch.float16, None)
 
 
-def check(dtype: torch.dtype | None, device: torch.device, cuda_graph: bool) -> None:
+def check(dtype: torch.dtype | None, cuda_graph: bool) -> None:
     """
     Raises:
-        ValueError: another dtype; float16 on a device without its kernels, or in a CUDA graph.
+        ValueError: another dtype; float16 in a CUDA graph.
     """
     if dtype not in DTYPES:
         raise ValueError(f"autocast_dtype is {dtype}; allowed: {', '.join(map(str, DTYPES))}")
-    if dtype is torch.float16 and device.type != "cuda":
-        raise ValueError(
-            f"autocast_dtype is torch.float16, which needs stages on a CUDA device; they are on {device}, where "
-            "torch.bfloat16 is allowed"
-        )
     if dtype is torch.float16 and cuda_graph:
         raise ValueError(
             "cuda_graph=True with autocast_dtype=torch.float16: the scaler waits for the device to see whether "
