@@ -26,7 +26,7 @@ demo: .venv/installed
 test: STRICT ?= ON
 test: .venv/requirements
 	$(MAKE) -j2 STRICT=$(STRICT) lint .venv/installed
-	OMP_NUM_THREADS=1 $(bin)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(bin)/python -m pytest -n $(WORKERS) --dist worksteal
 	OMP_NUM_THREADS=1 $(bin)/python -m pytest -n $(WORKERS) --backend=simt $(simt_tests)
 	WORKERS=$(WORKERS) $(MAKE) sanitize
 
