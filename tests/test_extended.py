@@ -212,7 +212,7 @@ def test_views(dtype: str, activation: str) -> None:
     for pads in itertools.permutations(((0, 0), (2, 0), (1, 3))):
         views = [padded(t, *pad) for t, pad in zip((z, residual, grad_y), pads, strict=True)]
         for ours, value in zip(gradients(*views), expected, strict=True):
-            torch.testing.assert_close(ours, value, rtol=max(1e-5, 2 * torch.finfo(ours.dtype).eps), atol=1e-5)
+            torch.testing.assert_close(ours, value, rtol=max(1e-5, 1.28 * torch.finfo(ours.dtype).eps), atol=1e-5)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
