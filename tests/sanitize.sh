@@ -10,12 +10,14 @@ cxx=${CXX:-g++}
 export PATH="$(dirname "$(command -v "$python")"):$PATH" # cmake and ninja beside the interpreter
 
 mkdir -p build/sanitize
-cmake -S . -B build/sanitize/cmake -G Ninja -DCMAKE_CXX_COMPILER="$cxx" -DPython_EXECUTABLE="$(command -v "$python")" \
-  -DLAYERWISE_SANITIZE=ON -DLAYERWISE_CUDA=OFF
-cmake --build build/sanitize/cmake
-cmake -S tests/simt -B build/sanitize/simt -G Ninja -DCMAKE_CXX_COMPILER="$cxx" \
-  -DPython_EXECUTABLE="$(command -v "$python")" -DLAYERWISE_SANITIZE=ON
-cmake --build build/sanitize/simt
+build() { # FOLDER SOURCE [CMAKE ARGUMENT ...]
+  cmake -S "$2" -B "build/sanitize/$1" -G Ninja -DCMAKE_CXX_COMPILER="$cxx" \
+    -DPython_EXECUTABLE="$(command -v "$python")" -DLAYERWISE_SANITIZE=ON "${@:3}"
+  cmake --build "build/sanitize/$1"
+}
+build simt tests/simt &
+build cmake . -DLAYERWISE_CUDA=OFF
+wait $! # both at once, since the kernels of one instruction set are one file
 rm -rf build/sanitize/package
 mkdir -p build/sanitize/package
 cp -r python/layerwise_ext build/sanitize/package/

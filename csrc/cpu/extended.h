@@ -132,7 +132,7 @@ class Elements {
 
   // An element of y.  Which one max pooling selects, counted in its window, goes to `chosen` as a number.
   ALWAYS_INLINE Unit<A> pooled(int64_t h, int64_t w, Vec<A>* chosen = nullptr) const {
-    if (extension_.pooling == Pooling::kNone) return element(h, w);
+    if (!kChannelsLast || extension_.pooling == Pooling::kNone) return element(h, w);
     const Window in = window(h, w);
     return extension_.pooling == Pooling::kMax ? largest(in, chosen) : average(in);
   }
@@ -410,7 +410,7 @@ struct GradientWriter {
   // it is written: dz may be z.
   ALWAYS_INLINE void write_window(int64_t h, int64_t w, int64_t h_begin, int64_t h_end, Vec<A> g, Vec<A> two_q) const {
     const Extension& x = p.extension;
-    if (x.pooling == Pooling::kNone) {
+    if (!kChannelsLast || x.pooling == Pooling::kNone) {
       const Vec<A> t = elements.t(h, w);
       const Unit<A> e = elements.element(h, w, t);
       return write(h, w, t, e.slope * (g + two_q * e.y));

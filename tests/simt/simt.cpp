@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(SIMT_ADDRESS_SANITIZER)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
@@ -187,7 +187,7 @@ class Block {
   // The sanitizer's marks around variables of functions that never returned: the two that a finished thread ends in, and
   // anything where a launch was given up.
   static void clean([[maybe_unused]] Thread& t) {
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(SIMT_ADDRESS_SANITIZER)
     constexpr size_t kLastFrames = 4096;
     const size_t bytes = t.state == State::kDone ? kLastFrames : kStack;
     __asan_unpoison_memory_region(t.stack.get() + kStack - bytes, bytes);
@@ -196,29 +196,29 @@ class Block {
 
   void resume(int i) {
     current_ = i;
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(SIMT_ADDRESS_SANITIZER)
     __sanitizer_start_switch_fiber(&scheduler_fake_stack_, threads_[i].stack.get(), kStack);
 #endif
     switch_context(scheduler_, threads_[i].context);
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(SIMT_ADDRESS_SANITIZER)
     __sanitizer_finish_switch_fiber(scheduler_fake_stack_, nullptr, nullptr);
 #endif
   }
 
   void suspend() {
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(SIMT_ADDRESS_SANITIZER)
     void* fake = nullptr;
     __sanitizer_start_switch_fiber(threads_[current_].state == State::kDone ? nullptr : &fake, scheduler_stack_,
                                    scheduler_stack_size_);
 #endif
     switch_context(threads_[current_].context, scheduler_);
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(SIMT_ADDRESS_SANITIZER)
     __sanitizer_finish_switch_fiber(fake, &scheduler_stack_, &scheduler_stack_size_);
 #endif
   }
 
   void arrived() {
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(SIMT_ADDRESS_SANITIZER)
     __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack_, &scheduler_stack_size_);
 #endif
   }
@@ -301,7 +301,7 @@ class Block {
   std::map<int, Shared> shared_;
   std::string error_;
   Context scheduler_;
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(SIMT_ADDRESS_SANITIZER)
   void* scheduler_fake_stack_ = nullptr;
   const void* scheduler_stack_ = nullptr;
   size_t scheduler_stack_size_ = 0;
