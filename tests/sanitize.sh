@@ -12,12 +12,12 @@ export PATH="$(dirname "$(command -v "$python")"):$PATH" # cmake and ninja besid
 mkdir -p build/sanitize
 build() { # FOLDER SOURCE [CMAKE ARGUMENT ...]
   cmake -S "$2" -B "build/sanitize/$1" -G Ninja -DCMAKE_CXX_COMPILER="$cxx" \
-    -DPython_EXECUTABLE="$(command -v "$python")" -DLAYERWISE_SANITIZE=ON "${@:3}"
-  cmake --build "build/sanitize/$1"
+    -DPython_EXECUTABLE="$(command -v "$python")" -DLAYERWISE_SANITIZE=ON "${@:3}" &&
+    cmake --build "build/sanitize/$1"
 }
-build simt tests/simt &
-build cmake . -DLAYERWISE_CUDA=OFF
-wait $! # both at once, since the kernels of one instruction set are one file
+build simt tests/simt & # both at once, since the kernels of one instruction set are one file
+build cmake . -DLAYERWISE_CUDA=OFF || { wait $!; exit 1; }
+wait $!
 rm -rf build/sanitize/package
 mkdir -p build/sanitize/package
 cp -r python/layerwise_ext build/sanitize/package/
