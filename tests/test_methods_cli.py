@@ -12,6 +12,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -21,9 +22,21 @@ from layerwise_ext import checkpoint, cli, models
 SEEDS = int(os.environ.get("LAYERWISE_SEEDS", "1"))
 EPOCHS = 4 if SEEDS == 1 else 10
 # About two standard deviations of the difference between two runs of one method that differ in their seeds alone: 0.008
-# to 0.015 over ten seeds of seven methods (goodness, which has hardly learned: 0.08). Ours and the twin share the seed.
+# to 0.015 over ten seeds of seven methods. Ours and the twin share the seed.
 MARGIN = 0.02
-CONFIG: list[int | str] = [8, "M", 16]
+
+
+class Recipe(NamedTuple):
+    """A network and its training, the same for both sides."""
+
+    config: tuple[int | str, ...] = (8, "M", 16)
+    epochs: int = EPOCHS
+    lr: float = 2e-3
+
+
+# Forward-forward learns slower, and pooling behind the first layer costs it what that makes of the label in the image's
+# corner. With the recipe of the others it ends between 0.54 and 0.75 after ten epochs.
+RECIPES = {"goodness": Recipe((8, 16), 2 * EPOCHS, 5e-3)}
 # METHODS of twins.py; others are the head of that name.
 OPTIONS = {
     "joint": ["--mode", "joint"],
@@ -51,12 +64,13 @@ def test_every_method_is_here() -> None:
 
 @pytest.mark.parametrize("name", [*OPTIONS, *cli.HEADS])
 def test_accuracy_is_that_of_the_twin(name: str, tmp_path: Path) -> None:
+    recipe = RECIPES.get(name, Recipe())
     ours, twin = [], []
     for seed in range(SEEDS):
         output = tmp_path / str(seed)
-        ours.append(train(name, output, seed))
-        options = {"epochs": EPOCHS, "batch_size": 64, "lr": 2e-3, "seed": seed}
-        twin.append(twins.run(name, CONFIG, 1024, **options)[0])
+        ours.append(train(name, recipe, output, seed))
+        accuracy, _ = twins.run(name, recipe.config, 1024, epochs=recipe.epochs, batch_size=64, lr=recipe.lr, seed=seed)
+        twin.append(accuracy)
     difference = sum(ours) / SEEDS - sum(twin) / SEEDS
     print(f"\n{name}: {sum(ours) / SEEDS:.4f}, twin {sum(twin) / SEEDS:.4f}; {difference:+.4f} over {SEEDS} seeds")
     assert difference >= -MARGIN / math.sqrt(SEEDS)
@@ -65,14 +79,16 @@ def test_accuracy_is_that_of_the_twin(name: str, tmp_path: Path) -> None:
     if name in cli.HEADS:
         assert all((row["test_accuracy"] == "nan") == (name in SILENT) for row in rows if row["stage"] == "0")
     weights = checkpoint.load_weights(output / "last.safetensors")[0]
-    plain = models.vgg(CONFIG, in_channels=1, image_size=(8, 8), fused=False, head=twins.METHODS[name].head)
+    head = twins.METHODS[name].head
+    plain = models.vgg(list(recipe.config), in_channels=1, image_size=(8, 8), fused=False, head=head)
     plain.backbone().load_state_dict(weights, strict=True)
 
 
-def train(name: str, output: Path, seed: int) -> float:
+def train(name: str, recipe: Recipe, output: Path, seed: int) -> float:
     """Accuracy on the test images."""
     method = twins.METHODS[name]
-    command = ["train", "--model", "8,M,16", "--batch-size", "64", "--lr", "0.002", "--epochs", str(EPOCHS)]
+    command = ["train", "--model", ",".join(map(str, recipe.config)), "--epochs", str(recipe.epochs)]
+    command += ["--batch-size", "64", "--lr", str(recipe.lr)]
     command += ["--threads", "1", "--seed", str(seed), "--output", str(output)]
     command += OPTIONS.get(name, ["--head", name])
     if twins.activation_of(method) is twins.leaky_relu:
