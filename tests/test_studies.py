@@ -250,8 +250,8 @@ def made_up(values: dict[str, list[float]], test_images: int = 1000, **more: Any
 def test_a_difference_larger_than_the_spread() -> None:
     found = studies.compare(made_up({"a": [0.90, 0.91], "b": [0.80, 0.82]}), "a", "b")
     assert found == Finding(
-        "The test accuracy of a is 9.5 points higher than that of b (90.5 against 81), more than the spread over seeds "
-        "(2 points).",
+        "The test accuracy of a is 9.5 points higher than that of b (90.5 against 81; seed by seed +9 to +10), more "
+        "than the spread over seeds (2 points).",
         True,
     )
 
@@ -260,6 +260,7 @@ def test_differences_that_are_not_found() -> None:
     within = studies.compare(made_up({"a": [0.90, 0.94], "b": [0.89, 0.90]}), "a", "b")
     assert not within.found
     assert within.text.startswith("No difference in test accuracy between a and b was found: 2.5 points")
+    assert "2.5 points (92 against 89.5; seed by seed +1 to +4) is not more than" in within.text
     assert "is not more than the spread over seeds (4 points)" in within.text
     one_image = studies.compare(made_up({"a": [0.91, 0.91], "b": [0.90, 0.90]}, test_images=50), "a", "b")
     assert not one_image.found and "what can be told (2 points)" in one_image.text
@@ -443,7 +444,7 @@ def test_the_report_is_one_file_that_loads_nothing(tmp_path: Path) -> None:
     for expected in (
         "A <b>toy</b> & its title",
         "Is a better than b?",
-        "The test accuracy of b is 10 points higher than that of a (70.5 against 60.5)",
+        "The test accuracy of b is 10 points higher than that of a (70.5 against 60.5; seed by seed +10 to +10)",
         "<script>alert(1)</script>",
         "60.5 ± 0.5",
         "A caption.",
@@ -458,6 +459,26 @@ def test_the_report_is_one_file_that_loads_nothing(tmp_path: Path) -> None:
     assert found < page.text.index("10 points higher") < not_found < page.text.index("<script>")
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "prefers-color-scheme: dark" in html and 'name="viewport"' in html and "overflow-x: auto" in html
+
+
+def test_the_report_in_markdown_says_the_same(tmp_path: Path) -> None:
+    run(Toy(draws=True), tmp_path, seeds=2, epochs=3)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert text.startswith("# A &lt;b>toy&lt;/b> & its title\n\nIs a better than b?\n")
+    parts = [part.partition("\n\n") for part in text.split("\n## ")[1:]]
+    sections = {title: body for title, _, body in parts}
+    assert list(sections) == [
+        "What was found", "What was not found", "Results", "Figures", "Setup", "How to repeat it"
+    ]  # fmt: skip
+    found, not_found = (sections[f"What was {which}found"].splitlines() for which in ("", "not "))
+    assert found[0].startswith("- The test accuracy of b is 10 points higher than that of a")
+    assert any("&lt;script>" in line for line in not_found) and "<script" not in text
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert sections["Results"].strip() == table.strip().replace("<", "&lt;")
+    pictures = re.findall(r"!\[.+\]\((.+)\)", sections["Figures"])
+    assert pictures and all((tmp_path / picture).is_file() for picture in pictures)
+    assert all(each in sections["Setup"] for each in ("- **epochs**: 3\n", "\n### Machine\n", "- **versions**: "))
+    assert sections["How to repeat it"].startswith("    layerwise-ext study toy --data digits --epochs 3 --seeds 2")
 
 
 def test_a_study_with_one_seed_says_so(tmp_path: Path) -> None:

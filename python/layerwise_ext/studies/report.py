@@ -1,4 +1,4 @@
-"""What a study leaves in its folder: results.csv, table.md, plots and report.html."""
+"""What a study leaves in its folder: results.csv, table.md, plots, report.html and report.md."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from layerwise_ext.studies import plots
 from layerwise_ext.studies.folder import Folder
 from layerwise_ext.studies.study import Finding, Results, Study, Table, Task
 
-TEMPLATE = "report.html.jinja"
-
 
 def write(study: Study, task: Task, folder: Folder, results: Results, command: str) -> None:
     """Write all of it; every file is replaced as a whole."""
@@ -29,39 +27,44 @@ def write(study: Study, task: Task, folder: Folder, results: Results, command: s
     for figure in figures:
         plots.save(figure, pictures)
     images = [
-        {"title": figure.title, "alt": figure.alt, "source": data_uri(pictures / f"{figure.name}.svg")}
+        {
+            "name": figure.name,
+            "title": figure.title,
+            "alt": figure.alt,
+            "source": data_uri(pictures / f"{figure.name}.svg"),
+        }
         for figure in figures
     ]
     findings = [*_about_seeds(results), *study.findings(results)]
-    checkpoint.write_text(
-        folder.path / "report.html",
-        render(
-            title=study.title,
-            data=task.name,
-            question=study.question,
-            found=[finding.text for finding in findings if finding.found],
-            not_found=[finding.text for finding in findings if not finding.found],
-            table=table,
-            figures=images,
-            setup=setup(study, task, folder, results),
-            machines=folder.machines,
-            command=command,
-        ),
-    )
+    context = {
+        "title": study.title,
+        "data": task.name,
+        "question": study.question,
+        "found": [finding.text for finding in findings if finding.found],
+        "not_found": [finding.text for finding in findings if not finding.found],
+        "figures": images,
+        "setup": setup(study, task, folder, results),
+        "machines": folder.machines,
+        "command": command,
+    }
+    checkpoint.write_text(folder.path / "report.html", render("report.html", table=table, **context))
+    checkpoint.write_text(folder.path / "report.md", render("report.md", table=markdown(table), **context))
 
 
-def render(**context: Any) -> str:
-    """The report as one HTML file that needs no other."""
+def render(name: str, **context: Any) -> str:
+    """The report as ``report.html``, which needs no other file, or as ``report.md`` beside the plots."""
     import jinja2
 
+    is_html = name.endswith(".html")
     environment = jinja2.Environment(
-        autoescape=True,
+        autoescape=is_html,
+        finalize=None if is_html else lambda text: str(text).replace("<", "&lt;"),  # tags are tags in Markdown, too
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )
-    source = resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
+    source = resources.files(__package__).joinpath(f"{name}.jinja").read_text(encoding="utf-8")
     return environment.from_string(source).render(**context)
 
 

@@ -336,7 +336,8 @@ def compare(
 
     Found is a difference of the means that is larger than the spread (largest minus smallest) of either cell, and than
     ``resolution``. With one seed there is no spread, nothing is found, and the text says so. Values that are not finite
-    are named and not compared.
+    are named and not compared. With several seeds the sentence has the smallest and the largest difference between runs
+    of the same seed.
 
     Args:
         results: of the study.
@@ -357,7 +358,8 @@ def compare(
     difference = a.mean - b.mean
     size = _size(difference * scale, unit)
     word = higher if difference > 0 else lower
-    sides = f"({a.mean * scale:.4g} against {b.mean * scale:.4g})"
+    by_seed = _by_seed(results, first, second, key, scale)
+    sides = f"({a.mean * scale:.4g} against {b.mean * scale:.4g}{by_seed})"
     if difference == 0:
         return Finding(f"The {what} of {a_name} and that of {b_name} are the same ({a.mean * scale:.4g}).", False)
     sentence = f"The {what} of {a_name} is {size} {word} than that of {b_name} {sides}"
@@ -373,6 +375,12 @@ def compare(
         f"No difference in {what} between {a_name} and {b_name} was found: {size} {sides} is not more than {why}.",
         False,
     )
+
+
+def _by_seed(results: Results, first: Cell | str, second: Cell | str, key: str, scale: float) -> str:
+    """The smallest and the largest difference of two runs with the same seed."""
+    pairs = results.paired(first, second, key)
+    return f"; seed by seed {scale * min(pairs):+.2g} to {scale * max(pairs):+.2g}" if len(pairs) > 1 else ""
 
 
 def _size(value: float, unit: str) -> str:
