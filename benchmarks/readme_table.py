@@ -1,6 +1,7 @@
-"""Writes the measured tables of README.md and docs/fuse.md from benchmarks/results: no number there is typed by hand.
+"""Writes the measured tables of README.md and docs/fuse.md from benchmarks/results, and the results in docs/studies.md
+from the reports in docs/studies: no number there is typed by hand.
 
-`python benchmarks/readme_table.py` rewrites both between their markers; with `--check` it changes nothing and fails if
+`python benchmarks/readme_table.py` rewrites them between their markers; with `--check` it changes nothing and fails if
 one of them does not say what the results say.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -188,10 +190,56 @@ def library_models(results: Path) -> str:
     return "\n".join([*lines, "", f"{libraries}; {_origin(result)}"])
 
 
+# -- Studies -----------------------------------------------------------------------------------------------------------
+
+STUDIES = REPOSITORY / "docs" / "studies"
+
+
+def studies(folder: Path) -> str:
+    """Markdown for the reports of all studies in the folder, in the order of their names."""
+    parts = [_study(path) for path in sorted(folder.glob("*/report.md"))]
+    return "\n\n".join(parts) if parts else "No results are recorded; `layerwise-ext study` makes them."
+
+
+def _study(report: Path) -> str:
+    """The table, the first figure and what was found; the rest is a link away."""
+    text, folder = report.read_text(encoding="utf-8"), f"{STUDIES.name}/{report.parent.name}"
+    sections = {name: body.strip() for name, body in re.findall(r"^## (.+)\n((?:(?!## ).*\n)*)", text, re.MULTILINE)}
+
+    def fact(name: str) -> str:
+        """Of the setup; of all machines if there are several."""
+        values = re.findall(rf"^- \*\*{name}\*\*: (.+)$", sections["Setup"], re.MULTILINE)
+        return ", ".join(dict.fromkeys(values))
+
+    title = text.partition("\n")[0].removeprefix("# ")
+    figure = sections["Figures"].split("\n\n")[1].replace("](plots/", f"]({folder}/plots/")
+    origin = [
+        f"{fact('machine')}, threads: {fact('threads')}",
+        fact("versions"),
+        f"commit {fact('commit')}",
+        fact("date"),
+    ]
+    return "\n\n".join(
+        [
+            f"### {title}",
+            f"{fact('data')}. Epochs: {fact('epochs')}. Seeds: {fact('seeds')}. Wall time: {fact('wall time')}. "
+            f"{'; '.join(origin)}. [The whole report]({folder}/report.md), with all figures and the setup.",
+            sections["Results"],
+            figure,
+            f"Found:\n\n{sections['What was found']}",
+            f"Not found:\n\n{sections['What was not found']}",
+        ]
+    )
+
+
 # -- The pages ---------------------------------------------------------------------------------------------------------
 
 BLOCKS = {"bench_stage": tables, "networks": networks}
-PAGES = {REPOSITORY / "README.md": BLOCKS, REPOSITORY / "docs" / "fuse.md": {"library_models": library_models}}
+PAGES = {
+    REPOSITORY / "README.md": BLOCKS,
+    REPOSITORY / "docs" / "fuse.md": {"library_models": library_models},
+    REPOSITORY / "docs" / "studies.md": {"studies": lambda _: studies(STUDIES)},
+}
 
 
 def updated(page: str, blocks: dict[str, str]) -> str:
@@ -207,7 +255,7 @@ def updated(page: str, blocks: dict[str, str]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Writes the measured tables of README.md and docs/fuse.md.")
+    parser = argparse.ArgumentParser(description="Writes the measured tables of the README and the docs.")
     parser.add_argument("--check", action="store_true", help="change nothing, fail if a page is out of date")
     parser.add_argument("--readme", type=Path, help="write this README alone")
     parser.add_argument("--results", type=Path, default=RESULTS)

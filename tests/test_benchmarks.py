@@ -32,6 +32,7 @@ import roofline  # noqa: E402
 import torch  # noqa: E402
 from chain_peers import CHECKPOINTS, LAYERS, SEGMENTS, Case  # noqa: E402
 from layerwise_ext import _memory  # noqa: E402
+from layerwise_ext.studies import report  # noqa: E402
 from layerwise_ext.train import LocalTrainer  # noqa: E402
 from peers import COMPILE, CONTIGUOUS, CONVOLUTION, EAGER, OURS, Row  # noqa: E402
 
@@ -349,6 +350,30 @@ def test_table_of_library_models(complete, tmp_path):
     assert [line[:4] for line in lines[2:4]] == ["| a ", "| b "]
     assert lines[2] == "| a | 3.0e-14 | 0.0e+00 | 4.0e-15 | 5.0e-02 | 2.0e-02 |"
     assert lines[-1].startswith("torchvision 0.1; ")
+
+
+def test_results_of_studies(tmp_path):
+    assert "No results" in readme_table.studies(tmp_path)
+    setup = {"data": "toys: 3 images", "epochs": "4", "seeds": "0, 1", "wall time": "5 s"}
+    machine = {"machine": "a box", "threads": "1", "versions": "layerwise_ext 1", "date": "today"}
+    machines = [machine | {"commit": commit} for commit in ("abc", "def")]
+    figures = [{"name": name, "title": name, "alt": f"of {name}"} for name in ("one", "two")]
+    for name in "ba":
+        (tmp_path / name).mkdir()
+        text = report.render(
+            "report.md", title=f"Study {name}", question="Why?", found=["This.", "That."], not_found=[],
+            table=f"| {name} |\n| --- |\n\nA caption.\n", figures=figures, setup=setup, machines=machines, command="x",
+        )  # fmt: skip
+        (tmp_path / name / "report.md").write_text(text)
+    studies = readme_table.studies(tmp_path)
+    assert studies.index("### Study a") < studies.index("### Study b")
+    one = studies.partition("### Study b")[0]
+    assert "toys: 3 images. Epochs: 4. Seeds: 0, 1. Wall time: 5 s. a box, threads: 1; layerwise_ext 1" in one
+    assert "; commit abc, def; today. [The whole report](studies/a/report.md)" in one
+    table, figure = "| a |\n| --- |\n\nA caption.", "![of one](studies/a/plots/one.svg)"
+    assert f"\n\n{table}\n\n{figure}\n\nFound:\n\n- This.\n- That.\n\n" in one
+    assert one.rstrip().endswith("Not found:\n\nEvery comparison of this study came out one way or the other.")
+    assert "two.svg" not in one and "Why?" not in one
 
 
 def test_readme_without_markers(tmp_path, capsys):

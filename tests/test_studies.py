@@ -338,6 +338,16 @@ def test_accounts_of_epochs(method: str, expected: tuple[int, int]) -> None:
     assert min(layerwise.schedule(method, 1, stages=4)[1:]) == 1
 
 
+def test_published_accuracies_stand_beside_the_paper_s_data_sets() -> None:
+    def published(name: str, **options: Any) -> str | None:
+        return layerwise.Layerwise().setup(replace(task(), name=name, **options)).get("published")
+
+    text = published("fashion-mnist")
+    assert text is not None and "200 epochs" in text
+    assert text.endswith(": joint 95.47; local, pred 94.34; local, projected predsim 95.35")
+    assert published("digits") is published("cifar10-jpeg") is published("mnist", quick=True) is None
+
+
 def test_decoupled_cells_are_local_training_on_pred() -> None:
     quick = Task.load("digits", quick=True)
     study = layerwise.Layerwise()
@@ -459,6 +469,17 @@ def test_the_report_is_one_file_that_loads_nothing(tmp_path: Path) -> None:
     assert found < page.text.index("10 points higher") < not_found < page.text.index("<script>")
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "prefers-color-scheme: dark" in html and 'name="viewport"' in html and "overflow-x: auto" in html
+
+
+def test_machines_are_those_that_something_ran_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def machines(name: str, **options: Any) -> list[str]:
+        monkeypatch.setattr(runner, "machine", lambda task: {"machine": name})
+        run(Toy(), tmp_path, **options)
+        return [facts["machine"] for facts in json.loads((tmp_path / "study.json").read_text())["machines"]]
+
+    assert machines("first", seeds=1) == ["first"]
+    assert machines("that writes the report again") == ["first"]
+    assert machines("of another seed", seeds=2) == ["first", "of another seed"]
 
 
 def test_the_report_in_markdown_says_the_same(tmp_path: Path) -> None:

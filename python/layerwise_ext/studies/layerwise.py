@@ -56,6 +56,16 @@ LABELS = {
     "autoencoder": "autoencoder first",
     "autoencoder-split": "autoencoder, split",
 }
+# Of Nokland & Eidnes 2019, for vgg8b: epochs; test error in per cent of joint, pred and projected predsim.
+PUBLISHED = {
+    "mnist": (100, 0.26, 0.40, 0.31),
+    "fashion-mnist": (200, 4.53, 5.66, 4.65),
+    "kmnist": (100, 1.53, 2.22, 1.36),
+    "cifar10": (400, 5.99, 8.40, 5.58),
+    "cifar100": (400, 26.24, 29.32, 24.07),
+    "svhn": (100, 2.29, 2.12, 1.74),
+    "stl10": (400, 33.08, 26.83, 20.51),
+}
 LOCAL = ("pred", "predsim", "predsim-projected")
 DECOUPLED = ("decoupled", "asynchronous")
 WORKERS = 2
@@ -114,6 +124,7 @@ class Layerwise(Study):
             "step": "time: a step of everything that a method trains (greedy: each stage in turn, without the cache; "
             "autoencoder: a step of pretraining for each layer in turn), median of rounds in which all methods take "
             "their turn; memory: what a step adds in a fresh process, the cache of greedy training not included",
+            **_published(task),
         }
 
     def run(self, task: Task, cell: Cell, seed: int, epochs: int) -> dict[str, Any]:
@@ -167,7 +178,7 @@ class Layerwise(Study):
 
     def figures(self, results: Results) -> list[Figure]:
         cells = [cell for cell in results.cells if cell.trained]
-        accuracies = ", ".join(f"{LABELS[c.name]} {100 * results.summary(c, 'accuracy').mean:.1f}" for c in cells)
+        accuracies = "; ".join(f"{LABELS[c.name]} {100 * results.summary(c, 'accuracy').mean:.1f}" for c in cells)
         found = [
             Figure(
                 "accuracy",
@@ -264,6 +275,17 @@ def _network(task: Task, method: str, seed: int) -> models.StagedModel:
 
 def _width(task: Task) -> float:
     return 1.0 if task.device.type == "cuda" else WIDTH_MULTIPLIER
+
+
+def _published(task: Task) -> dict[str, str]:
+    """What the paper has for this data set, where the study has its network."""
+    if task.quick or task.name not in PUBLISHED:
+        return {}
+    epochs, *errors = PUBLISHED[task.name]
+    methods = ("joint", "pred", "predsim-projected")
+    values = "; ".join(f"{LABELS[name]} {100 - error:.2f}" for name, error in zip(methods, errors, strict=True))
+    network = f"vgg8b in full width, dropout, {epochs} epochs of all training images"
+    return {"published": f"test accuracy in per cent of {network} (arXiv 1901.06656): {values}"}
 
 
 def _config_text(config: tuple[int | str, ...]) -> str:
@@ -396,7 +418,7 @@ def _draw_stages(figure: MatplotlibFigure, results: Results, cells: list[Cell]) 
 def _bars(name: str, title: str, values: dict[str, float]) -> Figure:
     labels = [LABELS[cell] for cell in values]
     summaries = [Summary.of([value]) for value in values.values()]
-    text = ", ".join(f"{label} {value:.1f}" for label, value in zip(labels, values.values(), strict=True))
+    text = "; ".join(f"{label} {value:.1f}" for label, value in zip(labels, values.values(), strict=True))
 
     def draw(figure: MatplotlibFigure) -> None:
         plots.bars(figure.subplots(), labels, summaries)

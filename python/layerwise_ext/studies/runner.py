@@ -73,13 +73,15 @@ def run(
         raise ValueError(
             f"epochs is {epochs}, but the study in {output} has {folder.plan.epochs}; name another folder with --output"
         )
-    folder.add_machine(machine(task))
-    start = clock()
+    facts, start = machine(task), clock()
     if folder.measured is None:
+        folder.add_machine(facts)
         with _seeded(task, 0):
             folder.measured = measure.steps(study, task, cells, say=say) | {"seconds": clock() - start}
     trained = [cell for cell in cells if cell.trained]
     folder.plan = plan = _plan(study, task, folder, trained, epochs, seeds, budget, start, clock, say)
+    if len(folder.runs()) < len(trained) * plan.seeds:  # otherwise only the report is written again
+        folder.add_machine(facts)
     _train(study, task, folder, trained, plan, clock, say)
     runs = [run for run in folder.runs() if run.cell in {cell.name for cell in trained}]
     results = Results(cells, runs, (folder.measured or {})["cells"], len(task.test.labels), task.num_classes)
