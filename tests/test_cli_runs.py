@@ -125,6 +125,20 @@ def test_greedy_training_keeps_weights_when_the_output_is_trained(tmp_path: Path
     assert result["stages"] == [0, 1, 2] and 0 <= result["ensemble"] <= 1
 
 
+@pytest.mark.parametrize(("dtype", "mode"), [("bfloat16", "joint"), ("float16", "local"), ("float16", "decoupled")])
+def test_dtypes(tmp_path: Path, dtype: str, mode: str) -> None:
+    options = ["--mode", mode, "--dtype", dtype]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(whole, *options, "--epochs", "2")
+    run(parts, *options, "--epochs", "1")
+    run(parts, *options, "--epochs", "2", "--resume")
+    assert rows(whole / "metrics.csv") == rows(parts / "metrics.csv")
+    assert all(math.isfinite(float(row["train_loss"])) for row in rows(whole / "metrics.csv"))
+    state = checkpoint.load(parts / "checkpoint.pt")
+    assert len(state["scalers"]) == (3 if dtype == "float16" else 0)
+    assert all(t.dtype != getattr(torch, dtype) for stage in state["stages"] for t in stage.values())
+
+
 def test_the_example_of_the_docs_reads_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
     if not page.is_file():

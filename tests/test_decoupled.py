@@ -189,6 +189,21 @@ def test_synchronous_training_and_its_resumption_equal_one_process() -> None:
     assert multiprocessing.active_children() == []
 
 
+def test_float16_has_the_scales_of_one_process() -> None:
+    """The first ones are too large: steps are left out until they are not, in each stage for itself."""
+    batches = [(images.float(), target) for images, target in loader()]
+    trainers: list[Trainer] = []
+    for kind, options in ((LocalTrainer, {}), (DecoupledTrainer, {"partition": [2, 1]})):
+        trainer = trainer_for(kind, network().float(), autocast_dtype=torch.float16, **options)
+        trainer._scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**s, growth_interval=3) for s in (20, 24, 28)]
+        trainer.fit(batches, 3)
+        trainers.append(trainer)
+    one, two = (trainer.state_dict() for trainer in trainers)
+    assert without_seconds(trainers[0].history) == without_seconds(trainers[1].history)
+    assert equal(one["stages"], two["stages"]) and equal(one["optimizers"], two["optimizers"])
+    assert one["scalers"] == two["scalers"] and len({state["scale"] for state in one["scalers"]}) > 1
+
+
 def test_asynchronous_training_learns() -> None:
     model = network()
     trainer = trainer_for(DecoupledTrainer, model, adam, workers=3, asynchronous=True, buffer=2)

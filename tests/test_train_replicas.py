@@ -271,7 +271,8 @@ def scaled(group: Any) -> dict[str, Any]:
         images[0, 0, 0, 0] = value
         trainer.step(images, target)
         moved = [not torch.equal(a, b) for a, b in zip(before, parameters, strict=True)]
-        found.append((trainer._scaler.get_scale(), moved, [p.detach().clone() for p in parameters]))
+        scales = [scaler.get_scale() for scaler in trainer._scalers]
+        found.append((scales, moved, [p.detach().clone() for p in parameters]))
     return {"first": found[0], "second": found[1]}
 
 
@@ -382,7 +383,7 @@ def test_processes_share_the_order_of_the_data_but_not_the_noise(replicas: list[
 
 
 def test_a_step_is_left_out_by_all_or_none(replicas: list[dict[str, Any]]) -> None:
-    for name, scale, moves in (("first", 32768.0, False), ("second", 32768.0, True)):
+    for name, scale, moves in (("first", [32768.0] * 3, False), ("second", [32768.0] * 3, True)):
         own, other = (replica["scaled"][name] for replica in replicas)
         assert own[0] == other[0] == scale
         assert any(own[1]) == any(other[1]) == moves

@@ -136,7 +136,9 @@ GROUPS = {
         "seed": Option("of initial weights, order, augmentation and held-out images", 0, int),
     },
     "machine": {
-        "dtype": Option("bfloat16: autocast", "float32", choices=("float32", "bfloat16")),
+        "dtype": Option(
+            "bfloat16, float16: autocast, the latter with scaled losses", "float32",
+            choices=("float32", "bfloat16", "float16")),
         "device": Option("cpu, cuda or cuda:N; default: cuda where there is one", defines=False),
         "threads": Option("default: all cores", kind=_positive_int, defines=False),
         "cuda_graph": Option("run each step as a CUDA graph (see Trainer)", False, bool, defines=False),

@@ -60,7 +60,7 @@ def trainer_of(arguments: argparse.Namespace, model: StagedModel, group: dist.Pr
             _optimizer(arguments),
             scheduler=_scheduler(arguments),
             device=own_device(arguments),
-            autocast_dtype=torch.bfloat16 if arguments.dtype == "bfloat16" else None,
+            autocast_dtype=None if arguments.dtype == "float32" else getattr(torch, arguments.dtype),
             seed=arguments.seed,
             cuda_graph=arguments.cuda_graph,
             accumulate=arguments.accumulate,

@@ -49,10 +49,9 @@ class Trainer(Resumable, Evaluator):
         scheduler: makes a learning-rate scheduler from an optimiser, a sequence of such functions, one for each
             optimiser, or None; stepped once per epoch of that optimiser.
         device: where the stages are moved and the batches are sent; None: where the stages are.
-        autocast_dtype: torch.bfloat16 or, on a CUDA device, torch.float16 runs the forward passes under autocast; None:
-            in the stages' own dtype. With float16 losses are scaled by a :class:`torch.amp.GradScaler`, one for all
-            optimisers, which waits for the device once per step of an optimiser and skips those with gradients that are
-            not finite.
+        autocast_dtype: torch.bfloat16 or torch.float16 runs the forward passes under autocast; None: in the stages' own
+            dtype. With float16 each loss is scaled by a :class:`torch.amp.GradScaler` of its own, which waits for the
+            device once per step of an optimiser and skips those with gradients that are not finite.
         seed: of the trainer's own generator, which only shuffles cached data; None: torch's initial seed. Parameters
             and the global generator are left as they are.
         progress: show a progress bar.
@@ -128,7 +127,6 @@ class Trainer(Resumable, Evaluator):
             _graphs.check_device(self.device)
             _graphs.check_capturable(self.stages)
         self.autocast_dtype = autocast_dtype
-        self._scaler = precision.grad_scaler(autocast_dtype, self.device)
         self.progress = progress and self._replicas.rank == 0
         self.channels_last = channels_last
         self.accumulate = accumulate
@@ -141,6 +139,7 @@ class Trainer(Resumable, Evaluator):
         self.generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
         groups = [[p for p in group if p.requires_grad] for group in self._parameter_groups()]
         self.optimizers = optimizers.make("optimizer", optimizer, groups)
+        self._scalers = [precision.grad_scaler(autocast_dtype, self.device) for _ in range(self._losses(len(groups)))]
         self._pending: tuple[int, Callable[[], None]] | None = None  # an optimiser that waits for other replicas
         parameters = [p for group in groups for p in group]
         self._may_wait = self._replicas.size > 1 and len(set(parameters)) == len(parameters)
@@ -178,7 +177,8 @@ class Trainer(Resumable, Evaluator):
             result = StepResult(*(t.clone() for t in self._captured(x, target)))  # the graph overwrites its own
         self._finish_update()
         if update:
-            self._scaler.update()
+            for scaler in dict.fromkeys(map(self._scaler, self._active_groups())):
+                scaler.update()
             self._update_averages()
         return result
 
@@ -196,8 +196,16 @@ class Trainer(Resumable, Evaluator):
         self._classes = [None if t is None else t.shape[1] for t in logits]
         return step_result(losses, logits, target)
 
-    def _backward(self, loss: Tensor, weight: float) -> None:
-        self._scaler.scale(loss if weight == 1.0 else loss * weight).backward()
+    def _losses(self, groups: int) -> int:
+        """How many losses there are, of which each has a backward pass of its own: one for each optimiser, or one."""
+        return groups
+
+    def _scaler(self, group: int) -> torch.amp.GradScaler:
+        """Of the gradients of an optimiser."""
+        return self._scalers[group if len(self._scalers) > 1 else 0]
+
+    def _backward(self, loss: Tensor, weight: float, group: int = 0) -> None:
+        self._scaler(group).scale(loss if weight == 1.0 else loss * weight).backward()
 
     def _update(self, group: int) -> None:
         """The step of one optimiser; with replicas, once their gradients are there: the next stage need not wait."""
@@ -213,11 +221,11 @@ class Trainer(Resumable, Evaluator):
         group, wait = self._pending
         self._pending = None
         wait()
-        optimizer = self.optimizers[group]
+        optimizer, scaler = self.optimizers[group], self._scaler(group)
         if self.clip_norm is not None:
-            self._scaler.unscale_(optimizer)
+            scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], self.clip_norm)
-        self._scaler.step(optimizer)
+        scaler.step(optimizer)
         # Dropping the gradients at once keeps those of one optimiser only in memory.
         optimizer.zero_grad(set_to_none=True)
 

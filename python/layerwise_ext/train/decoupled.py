@@ -15,7 +15,7 @@ import torch.distributed as dist
 from layerwise_ext.models.split import balanced
 from layerwise_ext.models.summary import summary
 from layerwise_ext.nn import LocalStage
-from layerwise_ext.train import random_state
+from layerwise_ext.train import precision, random_state
 from layerwise_ext.train._workers import Job, Layout, Members, Part, Processes, State
 from layerwise_ext.train.callbacks import Callback
 from layerwise_ext.train.common import Trainer, length
@@ -59,7 +59,7 @@ class DecoupledTrainer(LocalTrainer):
         **options: see :class:`Trainer`. The progress bar is that of the last worker.
 
     Raises:
-        TypeError, ValueError: arguments that are not allowed; ``cuda_graph``, float16, ``process_group``; blocks of a
+        TypeError, ValueError: arguments that are not allowed; ``cuda_graph``, ``process_group``; blocks of a
             :class:`LocalTrainer`; (with ``workers``, in :meth:`fit`) parameters that stages of two workers share.
 
     Attributes:
@@ -88,8 +88,6 @@ class DecoupledTrainer(LocalTrainer):
                 raise ValueError(f"{name} is for a LocalTrainer; here each stage is trained by itself")
         if "process_group" in options:
             raise ValueError("process_group is for the other trainers; replicas are processes that share each batch")
-        if options.get("autocast_dtype") is torch.float16:
-            raise ValueError("autocast_dtype is torch.float16, which needs one scaler for all stages; use bfloat16")
         if options.get("cuda_graph"):
             raise ValueError(
                 "cuda_graph=True captures the steps of one process; use a LocalTrainer, or stages with cuda_graph=True"
@@ -250,7 +248,7 @@ class DecoupledTrainer(LocalTrainer):
             "averages": [average.state_dict() for average in self._averages[stages]],
             "early_stopping": [],
             "stopped": [self._has_stopped(group) for group in range(len(self.stages))[stages]],
-            "scaler": self._scaler.state_dict(),
+            "scalers": precision.states(self._scalers[stages]),
             "generator": self.generator.get_state(),
             "random_state": data if self.layout.worker(rank) == 0 else self._random_states[rank],
         }
@@ -266,6 +264,7 @@ class DecoupledTrainer(LocalTrainer):
             for optimizer, state in zip(self.optimizers[layout.stages(rank)], states[rank]["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
                 optimizer._opt_called = True  # type: ignore[attr-defined]  # by its process: schedulers warn of an optimiser without a step
+            precision.load_states(self._scalers[layout.stages(rank)], states[rank]["scalers"])
         random_state.restore(states[0]["random_state"], loader, self.device)
         self._random_states = [
             None if layout.worker(rank) == 0 else state["random_state"] for rank, state in enumerate(states)

@@ -88,7 +88,7 @@ class GreedyTrainer(Trainer):
         stage = self.stages[self.stage]
         with self._autocast():
             _, loss, logits = stage(x.detach(), target)
-        self._backward(loss, weight)
+        self._backward(loss, weight, self.stage)
         if update:
             self._update(self.stage)
         return self._result([loss], [logits], target)

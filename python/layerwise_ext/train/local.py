@@ -79,7 +79,7 @@ class LocalTrainer(Trainer):
             with torch.set_grad_enabled(not stopped), self._autocast():
                 output = block(x, target, image)
             if not stopped:
-                self._backward(output.loss, weight)
+                self._backward(output.loss, weight, group)
             if update and not stopped:
                 self._update(group)
             x = output.features
@@ -101,6 +101,9 @@ class LocalTrainer(Trainer):
             else:
                 self._update(group)
         return self._result(losses, logits, target)
+
+    def _losses(self, groups: int) -> int:
+        return groups if self.detach else 1
 
     def _parameter_groups(self) -> list[list[nn.Parameter]]:
         return [block.parameters() for block in self._blocks]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 DTYPES = (torch.bfloat16, torch.float16, None)
@@ -24,3 +27,13 @@ def check(dtype: torch.dtype | None, cuda_graph: bool) -> None:
 def grad_scaler(dtype: torch.dtype | None, device: torch.device) -> torch.amp.GradScaler:
     """Keeps small gradients of float16 from vanishing; does nothing for another dtype."""
     return torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+
+
+def states(scalers: Sequence[torch.amp.GradScaler]) -> list[dict[str, Any]]:
+    """Of those that do something: all of them or none."""
+    return [scaler.state_dict() for scaler in scalers if scaler.is_enabled()]
+
+
+def load_states(scalers: Sequence[torch.amp.GradScaler], saved: Sequence[dict[str, Any]]) -> None:
+    for scaler, state in zip([s for s in scalers if s.is_enabled()], saved, strict=True):
+        scaler.load_state_dict(state)

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from layerwise_ext import _graphs
 from layerwise_ext.nn import LocalStage
-from layerwise_ext.train import random_state
+from layerwise_ext.train import precision, random_state
 from layerwise_ext.train.early_stopping import Watch
 from layerwise_ext.train.ema import AveragedStage
 from layerwise_ext.train.metrics import Record
@@ -30,7 +30,7 @@ class Resumable(ABC):
     history: list[Record]
     _averages: list[AveragedStage]
     _watches: list[Watch]
-    _scaler: torch.amp.GradScaler
+    _scalers: list[torch.amp.GradScaler]
     _saved_random_state: dict[str, Any] | None
     _loader: Any
     _replicas: ReplicaGroup
@@ -56,7 +56,7 @@ class Resumable(ABC):
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
             "averages": [average.state_dict() for average in self._averages],
             "early_stopping": [watch.state_dict() for watch in self._watches],
-            "scaler": self._scaler.state_dict(),
+            "scalers": precision.states(self._scalers),
             "generator": self.generator.get_state(),
             "random_state": self._random_state(),
         }
@@ -87,7 +87,7 @@ class Resumable(ABC):
         for option, found, own in (
             ("early_stopping", state["early_stopping"], self._watches),
             ("ema_decay", state["averages"], self._averages),
-            ("autocast_dtype=torch.float16", state["scaler"], self._scaler.is_enabled()),
+            ("autocast_dtype=torch.float16", state["scalers"], self._scalers[0].is_enabled()),
         ):
             if bool(found) != bool(own):
                 has, lacks = ("the state", "this trainer") if found else ("this trainer", "the state")
@@ -106,7 +106,7 @@ class Resumable(ABC):
             average.load_state_dict(average_state)
         for watch, watch_state in zip(self._watches, state["early_stopping"], strict=True):
             watch.load_state_dict(watch_state)
-        self._scaler.load_state_dict(state["scaler"])
+        precision.load_states(self._scalers, state["scalers"])
         self.generator.set_state(state["generator"])
         self.epoch = state["epoch"]
         self.history = copy.deepcopy(state["history"])
