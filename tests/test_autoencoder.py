@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+from pathlib import Path
 from typing import Any
 
 import layerwise_ext as lw
@@ -12,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from layerwise_ext.nn import AcceleratedDownsample2d, ConvBNReLU2d, LocalStage, PooledLinearHead
-from layerwise_ext.train import AutoencoderPretrainer
+from layerwise_ext.train import AutoencoderPretrainer, EarlyStopping, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -51,10 +52,10 @@ def test_a_tied_decoder_is_the_transpose(layer: nn.Module) -> None:
     x = torch.randn(shape, dtype=torch.float64)
     y = layer(x)
     z = torch.randn_like(y)
-    torch.testing.assert_close((y * z).sum(), (x * decoder(z, x.shape)).sum())
+    torch.testing.assert_close((y * z).sum(), (x * decoder.decode(z, x.shape)).sum())
     assert [name for name, _ in decoder.named_parameters()] == ["bias"]
     decoder.bias.data += 1
-    torch.testing.assert_close((y * z).sum() + x.sum(), (x * decoder(z, x.shape)).sum())
+    torch.testing.assert_close((y * z).sum() + x.sum(), (x * decoder.decode(z, x.shape)).sum())
 
 
 def test_decoders_of_pooled_codes() -> None:
@@ -62,16 +63,16 @@ def test_decoders_of_pooled_codes() -> None:
     plain = nn.Conv2d(3, 5, 3, padding=1, bias=False).double()
     decoder = pretrainer([plain], tied=True).decoders[0]
     layer = nn.Sequential(plain, AcceleratedDownsample2d("space_to_depth", 2))
-    torch.testing.assert_close(decoder(layer(x), x.shape), decoder(plain(x), x.shape))
+    torch.testing.assert_close(decoder.decode(layer(x), x.shape), decoder.decode(plain(x), x.shape))
     pooled = F.avg_pool2d(plain(x), 2)
     torch.testing.assert_close(
-        decoder(pooled, x.shape), decoder(pooled.repeat_interleave(2, 2).repeat_interleave(2, 3), x.shape)
+        decoder.decode(pooled, x.shape), decoder.decode(pooled.repeat_interleave(2, 2).repeat_interleave(2, 3), x.shape)
     )
     strided = ConvBNReLU2d(3, 5, 3, padding=1, downsample=("stride", 2)).double()
     peer = copy.deepcopy(strided.to_modules()[0])
     torch.testing.assert_close(
-        pretrainer([strided], tied=True).decoders[0](pooled, x.shape),
-        pretrainer([peer], tied=True).decoders[0](pooled, x.shape),
+        pretrainer([strided], tied=True).decoders[0].decode(pooled, x.shape),
+        pretrainer([peer], tied=True).decoders[0].decode(pooled, x.shape),
     )
 
 
@@ -131,11 +132,11 @@ def test_layers_one_after_another_on_codes_of_the_clean_data() -> None:
     first: list[Tensor] = []
     step = trainer.step
 
-    def watch(inputs: Tensor, **options: Any) -> Tensor:
-        if trainer.layer == 1:
+    def watch(inputs: Tensor, target: Tensor, **options: Any) -> Any:
+        if trainer.stage == 1:
             seen.append(inputs)
             first.append(layers[0][0].weight.clone())
-        return step(inputs, **options)
+        return step(inputs, target, **options)
 
     trainer.step = watch  # type: ignore[method-assign]
     history = trainer.fit(loader(x), 2)
@@ -146,7 +147,7 @@ def test_layers_one_after_another_on_codes_of_the_clean_data() -> None:
     for epoch in (torch.cat(seen[:3]), torch.cat(seen[3:])):  # each code once per epoch, in another order
         torch.testing.assert_close(epoch.sort(0).values, codes.sort(0).values)
     assert not torch.equal(torch.cat(seen[:3]), torch.cat(seen[3:]))
-    assert trainer.layer == 2 and not any(optimizer.state for optimizer in trainer.optimizers)
+    assert trainer.stage == 2 and not any(optimizer.state for optimizer in trainer.optimizers)
 
 
 def test_a_network_is_pretrained_and_then_trained_by_others() -> None:
@@ -176,12 +177,12 @@ def test_resuming_equals_one_run(cache: bool) -> None:
 
     states: list[io.BytesIO] = []
 
-    def save(trainer: AutoencoderPretrainer, record: Any) -> None:
+    def save(trainer: Trainer, record: Any) -> None:
         states.append(io.BytesIO())
         torch.save(trainer.state_dict(), states[-1])
 
     whole, expected = build()
-    whole.fit(loader(images()), 2, save)
+    whole.fit(loader(images()), 2, on_epoch_end=save)
     assert len(states) == 4
     for state in states:
         state.seek(0)
@@ -193,6 +194,55 @@ def test_resuming_equals_one_run(cache: bool) -> None:
         assert not any(layer.training for layer in [*layers, *expected])
         for a, b in zip(layers, expected, strict=True):
             assert all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_options_of_the_other_trainers() -> None:
+    """Two batches to an update, clipped; a schedule for each layer; averaged weights, of which the next layer gets the
+    codes; a layer that stops early; what is told of the validation data."""
+
+    def layers() -> list[nn.Module]:
+        torch.manual_seed(0)
+        return [ConvBNReLU2d(3, 4, 3, padding=1, downsample=("max", 2)), ConvBNReLU2d(4, 4, 3)]
+
+    schedule = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)  # noqa: E731
+    trainer = pretrainer(
+        layers(), sgd, accumulate=3, clip_norm=0.01, scheduler=schedule, ema_decay=0.5, tied=True, noise=0.2
+    )
+    before = copy.deepcopy([p for stage in trainer.stages for p in stage.parameters()])
+    x = images()
+    history = trainer.fit(loader(x), 2, loader(x))
+    # One update of at most 0.01 * lr in an epoch; the averages are half of the first update and half of the second.
+    moved = torch.cat([(p - q).flatten() for p, q in zip(trainer.stages[0].parameters(), before, strict=False)])
+    assert 0 < moved.norm() <= 0.01 * 0.05 * (1 + 0.5 * 0.5) + 1e-8
+    assert [optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers] == [0.0125, 0.0125]
+    assert [record["stages"] for record in history] == [[0], [0], [1], [1]]
+    assert [len(record["val_loss"]) for record in history] == [1, 1, 2, 2]
+    codes = trainer.stages[0].eval().features(x)
+    scores = trainer.evaluate([x])  # without noise, images alone
+    for loss, stage, inputs in zip(scores["loss"], trainer.ema_stages, (x, codes), strict=True):
+        expected = F.mse_loss(stage.head.decode(stage.eval().features(inputs), inputs.shape), inputs)
+        assert loss == pytest.approx(expected.item(), rel=1e-5)
+    assert all(map(math.isnan, scores["accuracy"]))
+    with pytest.raises(ValueError, match=r"stages\[1\] predicts nothing"):
+        trainer.predict(x)
+
+    stopping = pretrainer(layers(), sgd, early_stopping=EarlyStopping(1, min_delta=1e9))
+    assert [record["stages"] for record in stopping.fit(loader(x), 5, loader(x))] == [[0], [0], [1], [1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_codes_in_a_file_and_in_fewer_bits(dtype: torch.dtype, tmp_path: Path) -> None:
+    losses = []
+    for options in ({}, {"autocast_dtype": dtype}, {"autocast_dtype": dtype, "cache_dir": tmp_path}):
+        torch.manual_seed(0)
+        layers = [nn.Sequential(nn.Linear(12, 8), nn.ReLU()), nn.Sequential(nn.Linear(8, 4), nn.ReLU())]
+        seen: list[torch.dtype] = []
+        layers[1].register_forward_hook(lambda _, args, output, seen=seen: seen.append(args[0].dtype))
+        trainer = pretrainer(layers, sgd, **options)
+        losses.append([record["train_loss"][0] for record in trainer.fit(loader(images(shape=(12,))), 3)])
+        assert set(seen) == {options.get("autocast_dtype", torch.float32)}
+    assert losses[1] == losses[2] == pytest.approx(losses[0], rel=0.02) and losses[0] != losses[1]
+    assert not list(tmp_path.iterdir())
 
 
 def test_codes_that_do_not_fit_are_computed_in_each_epoch(caplog: pytest.LogCaptureFixture) -> None:
@@ -221,7 +271,7 @@ def test_refusals() -> None:
         with pytest.raises(error, match=match):
             pretrainer(layers, **options)
     trainer = pretrainer([linear])
-    with pytest.raises(ValueError, match="epochs is 0; allowed: 1 or more, of each layer"):
+    with pytest.raises(ValueError, match="epochs is 0; allowed: 1 or more"):
         trainer.fit([images(shape=(4,))], 0)
     with pytest.raises(RuntimeError, match="loader gave no batches"):
         trainer.fit([], 1)
@@ -235,7 +285,7 @@ def test_refusals() -> None:
         with pytest.raises(ValueError, match=r"layers\[0\] gives a code " + match):
             pretrainer([layer]).fit([x], 1)
     state = trainer.state_dict()
-    with pytest.raises(ValueError, match="the state has 1 layers; this trainer has 2"):
+    with pytest.raises(ValueError, match="the state has 1 stages; this trainer has 2"):
         pretrainer([nn.Linear(4, 2), nn.Linear(2, 2)]).load_state_dict(state)
     with pytest.raises(ValueError, match="the state is of a JointTrainer"):
         trainer.load_state_dict({**state, "trainer": "JointTrainer"})

@@ -267,8 +267,8 @@ def test_pretraining_is_that_of_the_trainer(
     adam = lambda parameters: torch.optim.Adam(parameters, lr=0.01)  # noqa: E731
     pretrainer = AutoencoderPretrainer(model, adam, noise=noise, seed=0, progress=False)
     pretrainer.fit(loader, 2)
-    for stage, state in zip(model, checkpoint.load(tmp_path / "checkpoint.pt")["encoders"], strict=True):
-        assert all(torch.equal(value, state[name]) for name, value in stage.body.state_dict().items())
+    for stage, state in zip(model, checkpoint.load(tmp_path / "checkpoint.pt")["stages"], strict=True):
+        assert all(torch.equal(value, state[f"body.{name}"]) for name, value in stage.body.state_dict().items())
     assert cli.main(["probe", str(tmp_path)]) == 0  # of what there is so far
 
 

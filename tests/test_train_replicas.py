@@ -118,7 +118,7 @@ def pretrained(group: Any, batch_size: int, **options: Any) -> dict[str, Any]:
     state = copy.deepcopy(trainer.state_dict())
     losses = [record["train_loss"] for record in trainer.history]
     generators = (state["generator"], state["random_state"])
-    parts = {name: state[name] for name in ("encoders", "decoders", "optimizers")}
+    parts = {name: state[name] for name in ("stages", "optimizers")}
     return {"losses": losses, "generators": generators, **parts}
 
 
@@ -241,12 +241,12 @@ def resumed_autoencoder(folder: Path, group: Any) -> dict[str, Any]:
         torch.manual_seed(group.rank())
         return AutoencoderPretrainer(stages, adam, noise=0.2, progress=False, process_group=group)
 
-    def save(trainer: AutoencoderPretrainer, _: Any) -> None:
+    def save(trainer: Trainer, _: Any) -> None:
         if trainer.epoch == 3:
             checkpoint.save(path, trainer.state_dict())
 
     whole = make()
-    whole.fit(data, 2, save)
+    whole.fit(data, 2, on_epoch_end=save)
     again = make()
     again.load_state_dict(checkpoint.load(path))
     again.fit(data, 2)

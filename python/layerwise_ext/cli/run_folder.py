@@ -194,9 +194,13 @@ def load_into(model: StagedModel, path: Path) -> None:
             model.backbone().load_state_dict(checkpoint.load_weights(path)[0])
             return
         state = checkpoint.load(path)
-        # Of a run that was pretraining, the layers so far.
-        parts = [stage.body for stage in model] if "encoders" in state else list(model)
-        for part, part_state in zip(parts, state["encoders" if "encoders" in state else "stages"], strict=True):
-            part.load_state_dict(part_state)
+        pretrains = state["trainer"] == "AutoencoderPretrainer"
+        for stage, values in zip(model, state["stages"], strict=True):
+            if pretrains:  # the layers so far; its heads are decoders
+                stage.body.load_state_dict(
+                    {name.removeprefix("body."): t for name, t in values.items() if name.startswith("body.")}
+                )
+            else:
+                stage.load_state_dict(values)
     except Exception as error:  # torch.load has no error type of its own for a damaged file
         raise UsageError(f"{path} cannot be used ({error})") from error

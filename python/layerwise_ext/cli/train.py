@@ -185,14 +185,15 @@ def _pretrain(
 
     table = CSVLogger(folder.pretraining)
 
-    def on_epoch_end(pretrainer: AutoencoderPretrainer, record: dict[str, Any]) -> None:
+    def on_epoch_end(pretrainer: Trainer, record: dict[str, Any]) -> None:
         checkpoint.save(folder.checkpoint, pretrainer.state_dict())
         table.write(pretrainer.history)
         loss, seconds = record["train_loss"][0], record["seconds"]
         layer = record["stages"][0]
         print(f"pretraining, epoch {record['epoch']}: layer {layer}, loss {loss:.4f}, {seconds:.1f} s", flush=True)
 
-    pretrainer.fit(loader, arguments.pretrain_epochs or trainers.PRETRAIN_EPOCHS, on_epoch_end)
+    epochs = arguments.pretrain_epochs or trainers.PRETRAIN_EPOCHS
+    pretrainer.fit(loader, epochs, on_epoch_end=on_epoch_end)
     if processes.is_first():
         table.write(pretrainer.history)  # of a run that was killed before it did
 

@@ -28,8 +28,6 @@ def trainer_of(arguments: argparse.Namespace, model: StagedModel, group: dist.Pr
     Raises:
         UsageError: options that the trainer does not allow.
     """
-    import torch
-
     from layerwise_ext import train
 
     kinds = {
@@ -59,13 +57,8 @@ def trainer_of(arguments: argparse.Namespace, model: StagedModel, group: dist.Pr
             model,
             _optimizer(arguments),
             scheduler=_scheduler(arguments),
-            device=own_device(arguments),
-            autocast_dtype=None if arguments.dtype == "float32" else getattr(torch, arguments.dtype),
-            seed=arguments.seed,
-            cuda_graph=arguments.cuda_graph,
-            accumulate=arguments.accumulate,
-            clip_norm=arguments.clip_norm,
             ema_decay=arguments.ema_decay,
+            **_common(arguments),
             **options,
         )
     except ValueError as error:
@@ -89,12 +82,25 @@ def pretrainer_of(
             model,
             _optimizer(arguments),
             noise=NOISE if arguments.pretrain == "denoising" else 0.0,
-            device=own_device(arguments),
-            seed=arguments.seed,
             process_group=group,
+            **_common(arguments),
         )
     except ValueError as error:
         raise UsageError(f"--pretrain: {error}") from error
+
+
+def _common(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What training and pretraining are told alike."""
+    import torch
+
+    return {
+        "device": own_device(arguments),
+        "autocast_dtype": None if arguments.dtype == "float32" else getattr(torch, arguments.dtype),
+        "seed": arguments.seed,
+        "cuda_graph": arguments.cuda_graph,
+        "accumulate": arguments.accumulate,
+        "clip_norm": arguments.clip_norm,
+    }
 
 
 def _optimizer(arguments: argparse.Namespace) -> OptimizerFactory:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import MultiStepLR
 
 from layerwise_ext import models, train
@@ -157,7 +157,7 @@ class Layerwise(Study):
         network = _network(task, method, 0)
         images, target = next(iter(task.loader(self.step_batch(task), 0)))
         if method == "autoencoder":
-            return _PretrainingStep(_pretrainer(task, network, 0), images)
+            return TrainerStep(_pretrainer(task, network, 0), images, target)
         return TrainerStep(_trainer(task, method, network, 1, 0), images, target)
 
     # -- What came of it -----------------------------------------------------------------------------------------------
@@ -315,26 +315,6 @@ def _trainer(task: Task, method: str, network: models.StagedModel, epochs: int, 
 
 def _pretrainer(task: Task, network: models.StagedModel, seed: int) -> train.AutoencoderPretrainer:
     return train.AutoencoderPretrainer(network, _adam, noise=NOISE, device=task.device, seed=seed, progress=False)
-
-
-class _PretrainingStep:
-    """A step of each layer's autoencoder in turn, on what the ones before it give."""
-
-    def __init__(self, trainer: train.AutoencoderPretrainer, images: Tensor) -> None:
-        self.trainer = trainer
-        self.images = images
-
-    def __call__(self) -> None:
-        x = self.images
-        for index, stage in enumerate(self.trainer.layers):
-            self.trainer.layer = index
-            self.trainer.step(x)
-            with torch.no_grad():
-                x = stage.features(x)  # type: ignore[operator]
-
-    def clear(self) -> None:
-        for module in (*self.trainer.layers, *self.trainer.decoders):
-            module.zero_grad(set_to_none=True)
 
 
 # -- Texts and figures -------------------------------------------------------------------------------------------------
