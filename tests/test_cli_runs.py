@@ -231,10 +231,12 @@ def test_the_best_so_far_survives(tmp_path: Path) -> None:
 
 
 def test_the_config_of_a_run_repeats_it(tmp_path: Path) -> None:
-    folder = run(tmp_path / "run", "--epochs", "2", "--lr-milestones", "1", "--label-smoothing", "0.1")
+    folder = run(tmp_path / "run", "--epochs", "2", "--lr-milestones", "1", "--label-smoothing", "0.1",
+                 "--dropout", "0.3")  # fmt: skip
     again = tmp_path / "again"
     assert cli.main(["train", str(folder / "config.yaml"), "--output", str(again)]) == 0
     assert contents(again) == contents(folder)
+    assert json.loads(checkpoint.load_weights(folder / "last.safetensors")[1]["network"])["dropout"] == 0.3
     assert cli.main(["train", str(folder / "config.yaml"), "--output", str(folder), "--resume", "--epochs", "3"]) == 0
     assert len(accuracies(folder, "test")) == 3
 
@@ -320,6 +322,7 @@ def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     (["--lr-milestones", "3,2"], "--lr-milestones is '3,2'; allowed: ascending epochs"),
     (["--lr-milestones", "0"], "--lr-milestones is '0'; ascending epochs such as 50,75,89 are allowed"),
     (["--mode", "joint", "--ensemble"], "--ensemble is for --mode local or greedy or decoupled, not joint"),
+    (["--dropout", "1"], "dropout is 1.0; allowed: 0 to below 1"),
     (["--label-smoothing", "2"], "label_smoothing is 2.0; allowed: 0 to 1"),
     (["--label-smoothing", "0.1", "--head", "goodness"], "label_smoothing is 0.1 with head 'goodness'; allowed: 0"),
     (["--mode", "greedy", "--head", "infopro"], "stages[1] has a InfoProHead, which looks at the image"),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
-from layerwise_ext.models import HEADS, StagedModel, vgg
+from layerwise_ext.models import HEADS, StagedModel, resnet, vgg
 from layerwise_ext.nn import (
     ContrastiveHead,
     ConvBNReLU2d,
@@ -73,6 +74,26 @@ def test_backbone_is_the_plain_network_without_local_heads() -> None:
     x = torch.randn(4, 1, 8, 8)
     torch.testing.assert_close(other.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.backbone()(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [vgg, resnet])
+def test_dropout_lies_between_stages(make: Callable[..., StagedModel]) -> None:
+    options = {"image_size": (8, 8), "in_channels": 1, "seed": 0}
+    config = [6, "M", 8] if make is vgg else (1, 1)
+    model, without = make(config, dropout=0.3, **options), make(config, **options)
+    assert [stage.dropout is None for stage in model] == [False] * (len(model) - 1) + [True]
+    assert list(model.backbone_state_dict()) == list(without.backbone_state_dict())
+    x = torch.rand(4, 1, 8, 8)
+    nn.init.normal_(model[-1].head.linear.weight)  # classifiers start from zero
+    model.load_state_dict(without.state_dict() | {k: v for k, v in model.state_dict().items() if "head" in k})
+    outputs = []
+    for network in (model, model.backbone(), without.backbone()):
+        torch.manual_seed(3)
+        outputs.append(network(x))
+    torch.testing.assert_close(outputs[0], outputs[1])
+    assert not torch.allclose(outputs[0], outputs[2])
+    with pytest.raises(ValueError, match=r"dropout is 1\.5; allowed: 0 to below 1"):
+        make(config, dropout=1.5, **options)
 
 
 def test_a_seed_leaves_the_global_generator_alone() -> None:

@@ -316,13 +316,15 @@ def test_split_stages() -> None:
 
 
 def test_split_keeps_what_stages_have() -> None:
-    model = vgg([8, "M", 8, "M", 16], in_channels=3, image_size=(16, 16), hidden=None, num_classes=4, seed=0)
+    model = vgg([8, "M", 8, "M", 16], image_size=(16, 16), hidden=None, num_classes=4, dropout=0.3, seed=0)
     model[1].detach = False
     model[1].head.to(torch.bfloat16)
     model.eval()
     stages = split(model, [2], input_size=(3, 16, 16))
     assert [stage.detach for stage in stages] == [False, True]
     assert [stage.downsample is not None for stage in stages] == [True, False]
+    assert [stage.dropout is not None for stage in stages] == [True, False]
+    assert sum(isinstance(module, nn.Dropout2d) for module in stages.modules()) == 2  # one is within the first stage
     assert stages[0].head.linear.weight.dtype == torch.bfloat16
     assert not any(module.training for module in stages.modules())
     alike = split(model, input_size=(3, 16, 16))

@@ -228,6 +228,41 @@ def test_downsampling_must_exist(downsample: tuple[str, int]) -> None:
         make_stage(block(), downsample=downsample)
 
 
+@pytest.mark.parametrize("downsample", [None, ("max", 2)])
+@pytest.mark.parametrize("detach", [True, False])
+def test_dropout_behind_the_head(detach: bool, downsample: Any) -> None:
+    """Loss and gradients of the stage are those without it; the next stage gets whole channels or zeros."""
+    torch.manual_seed(0)
+    stage = make_stage(block(), detach=detach, downsample=downsample, dropout=0.4)
+    peer = make_stage(block(), detach=detach, downsample=downsample)
+    peer.load_state_dict(stage.state_dict(), strict=True)
+    x, target = data()
+    torch.manual_seed(1)
+    features, loss, _ = stage(x, target)
+    torch.manual_seed(1)
+    whole, expected, _ = peer(x, target)
+    torch.manual_seed(1)
+    torch.testing.assert_close(features, F.dropout2d(whole, 0.4), rtol=0, atol=0)
+    kept = features.abs().sum((2, 3)).gt(0)
+    assert 0.3 < kept.double().mean() < 0.9 and features.requires_grad is not detach
+    total, total_expected = loss, expected
+    if not detach:  # a later loss reaches the body through what is kept
+        total = loss + features.square().sum()
+        total_expected = expected + (whole * kept[:, :, None, None] / 0.6).square().sum()
+    total.backward(), total_expected.backward()
+    gradients = [[p.grad for p in module.parameters()] for module in (stage, peer)]
+    torch.testing.assert_close(*gradients, **TOLERANCE)
+    stage.eval(), peer.eval()
+    torch.testing.assert_close(stage(x).features, peer(x).features, rtol=0, atol=0)
+    torch.testing.assert_close(stage.features(x), peer.features(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
+def test_dropout_is_a_probability(dropout: float) -> None:
+    with pytest.raises(ValueError, match=r"dropout is .*; allowed: 0 to below 1"):
+        make_stage(block(), dropout=dropout)
+
+
 def test_heads_stay_outside_the_backbone() -> None:
     backbone = nn.Sequential(block(3, 8), block(8, 8))
     keys = list(backbone.state_dict())

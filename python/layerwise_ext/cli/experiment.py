@@ -79,6 +79,7 @@ def network(arguments: argparse.Namespace, info: Info, normalization: Normalizat
         "image_mean": normalization.mean.tolist(),
         "image_std": normalization.std.tolist(),
         "activation": arguments.activation,
+        "dropout": arguments.dropout,
         "seed": arguments.seed,
     }
     name: str = arguments.model

@@ -92,6 +92,7 @@ GROUPS = {
         "downsampling": Option("where the resolution halves: standard, accelerated, or units such as 1,3,4,5",
                                "standard"),
         "activation": Option("leaky_relu is usual for similarity matching", "relu", choices=("relu", "leaky_relu")),
+        "dropout": Option("share of the channels between stages that are zero in a step", 0.0, float, metavar="SHARE"),
         "init": Option("initial weights: as usual, or from BATCH_SIZE images", "default", choices=INITS),
         "plain": Option("plain PyTorch layers instead of the fused ones", False, bool),
     },

@@ -124,15 +124,17 @@ def staged(
     in_channels: int,
     image_size: tuple[int, int],
     pooled_output: bool,
+    dropout: float,
     seed: int | None,
     downsampling: tuple[int, ...],
 ) -> StagedModel:
-    """A stage for each unit; ``pooled_output``: the last head classifies the mean over the map, if ``bins`` is None.
+    """A stage for each unit; ``pooled_output``: the last head classifies the mean over the map, if ``bins`` is None;
+    ``dropout``: behind all stages but the last.
 
     The initial values come from ``seed``, or from torch's global generator where it is None.
 
     Raises:
-        ValueError: an image that is too small.
+        ValueError: an image that is too small; ``dropout`` outside [0, 1).
     """
     heads.check()
     if min(image_size) < 1:
@@ -161,7 +163,8 @@ def staged(
             outputs.append(x.shape)
             size = (x.shape[2], x.shape[3])
             head = heads.build(x.shape[1], size, index, len(units), pooled_output=pooled_output)
-            stages.append(LocalStage(body, head, downsample=unit.downsample))
+            rate = dropout if unit is not units[-1] else 0.0
+            stages.append(LocalStage(body, head, downsample=unit.downsample, dropout=rate))
             reduction = stages[-1].downsample
             if reduction is not None:
                 if min(x.shape[2:]) < 2 or (reduction.mode == "space_to_depth" and (x.shape[2] % 2 or x.shape[3] % 2)):

@@ -53,6 +53,7 @@ def resnet(
     image_mean: float | Sequence[float] = 0.0,
     image_std: float | Sequence[float] = 1.0,
     activation: str = "relu",
+    dropout: float = 0.0,
     seed: int | None = None,
 ) -> StagedModel:
     """A residual network: a stage for the stem and one for each block; :func:`~layerwise_ext.models.split` joins them.
@@ -78,12 +79,12 @@ def resnet(
             keeps the resolution of the one before; or the units, from 0 (the stem), that work at half the resolution of
             the one before (:mod:`layerwise_ext.models.schedule`). ResNet-18 has ``[3, 5, 7]``, accelerated
             ``[0, 3, 5]``. What the stem for ImageNet halves comes on top; accelerated, its first group is the next.
-        bins, dim, fused, head, beta, label_smoothing, image_mean, image_std, activation, seed: those of
+        bins, dim, fused, head, beta, label_smoothing, image_mean, image_std, activation, dropout, seed: those of
             :func:`~layerwise_ext.models.vgg`; the output head has one cell where ``bins`` is None.
 
     Raises:
-        ValueError: an unknown ``config``, ``block``, ``stem``, ``downsampling``, ``head`` or ``activation``; an image
-            too small.
+        ValueError: an unknown ``config``, ``block``, ``stem``, ``downsampling``, ``head`` or ``activation``;
+            ``dropout`` outside [0, 1); an image too small.
     """
     kind, groups, base = _parse(config)
     kind = block or kind
@@ -115,6 +116,7 @@ def resnet(
         in_channels=in_channels,
         image_size=image_size,
         pooled_output=True,
+        dropout=dropout,
         seed=seed,
         downsampling=halved,
     )

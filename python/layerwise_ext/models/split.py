@@ -280,6 +280,7 @@ def _regrouped(stage: LocalStage, body: nn.Module) -> LocalStage:
         stage.head,
         stage.detach,
         downsample=None if reduction is None else (reduction.mode, reduction.factor),
+        dropout=0.0 if stage.dropout is None else stage.dropout.p,
         cuda_graph=stage.cuda_graph,
     )
 
@@ -289,8 +290,8 @@ def _row(units: Sequence[_Unit]) -> nn.Module:
     modules: list[nn.Module] = []
     for unit in units:
         modules += unit.modules
-        if unit is not units[-1] and unit.stage is not None and unit.stage.downsample is not None:
-            modules.append(unit.stage.downsample)
+        if unit is not units[-1] and unit.stage is not None:
+            modules += [module for module in (unit.stage.downsample, unit.stage.dropout) if module is not None]
     if len(modules) == 1:
         return modules[0]
     try:

@@ -67,14 +67,16 @@ class StagedModel(nn.Module):
     def backbone(self) -> nn.Sequential:
         """The network without its local heads, as a plain ``nn.Sequential`` that shares all modules with this one.
 
-        Children ``stage0``, ``stage1``, ..., ``downsample0``, ... behind those stages that have one, and ``output``
-        (pooling, flatten, linear); in forward-forward, whose goodness has no parameters, without it.
+        Children ``stage0``, ``stage1``, ..., ``downsample0`` and ``dropout0``, ... behind those stages that have one,
+        and ``output`` (pooling, flatten, linear); in forward-forward, whose goodness has no parameters, without it.
         """
         children: OrderedDict[str, nn.Module] = OrderedDict()
         for i, stage in enumerate(self):
             children[f"stage{i}"] = stage.body
             if stage.downsample is not None:
                 children[f"downsample{i}"] = stage.downsample
+            if stage.dropout is not None:
+                children[f"dropout{i}"] = stage.dropout
         head = self[-1].head
         if isinstance(head, ClassifierHead):
             children["output"] = head.to_modules()

@@ -44,6 +44,8 @@ class LocalStage(nn.Module):
         downsample: ``(mode, factor)`` of :func:`layerwise_ext.functional.downsample`: what the next stage gets of the
             body's output, while the head sees all of it. Behind a :class:`ConvBNReLU2d` and with ``detach`` the
             activation is then written in the reduced form only.
+        dropout: probability with which each channel of what the next stage gets is zero while training
+            (``torch.nn.Dropout2d``); the head sees the map without it, as in Nokland & Eidnes 2019 (arXiv 1901.06656).
         cuda_graph: on a CUDA device, run training steps as a CUDA graph, for maps so small that launching kernels is
             what takes the time. Forward and backward pass are captured together at the fourth call in a row with inputs
             of one shape; other inputs (a last smaller batch) and evaluation run as usual. ``features`` is then memory
@@ -51,8 +53,9 @@ class LocalStage(nn.Module):
 
     Raises:
         TypeError: ``head`` is not a LocalHead.
-        ValueError: an unknown ``downsample``; ``cuda_graph`` without ``detach`` or with a batch norm of
-            ``momentum=None``; (when run) the head was built for another shape, or pools to more cells than the map has.
+        ValueError: an unknown ``downsample``; a ``dropout`` outside [0, 1); ``cuda_graph`` without ``detach`` or with a
+            batch norm of ``momentum=None``; (when run) the head was built for another shape, or pools to more cells
+            than the map has.
         RuntimeError: (when run, with ``cuda_graph``) something in the stage waits for the device.
     """
 
@@ -63,9 +66,12 @@ class LocalStage(nn.Module):
         detach: bool = True,
         *,
         downsample: functional.Downsample = None,
+        dropout: float = 0.0,
         cuda_graph: bool = False,
     ) -> None:
         super().__init__()
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}; allowed: 0 to below 1, the probability of a channel to be zero")
         if not isinstance(head, LocalHead):
             raise TypeError(f"head is {type(head).__name__}; a LocalHead is needed")
         if cuda_graph and not detach:
@@ -74,6 +80,7 @@ class LocalStage(nn.Module):
         self.head = head
         self.detach = detach
         self.downsample = None if downsample is None else AcceleratedDownsample2d(*downsample)
+        self.dropout = nn.Dropout2d(dropout) if dropout else None
         self.cuda_graph = cuda_graph
         self._captured: _graphs.CapturedFunction | None = None
         self._used: list[nn.Parameter] = []  # those that have a gradient in the captured step
@@ -97,7 +104,9 @@ class LocalStage(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         """Without the head, with its graph: what joint training and frozen stages need."""
         features: Tensor = self.body(x)
-        return features if self.downsample is None else self.downsample(features)
+        if self.downsample is not None:
+            features = self.downsample(features)
+        return features if self.dropout is None else self.dropout(features)
 
     def moments(
         self, x: Tensor, image: Tensor | None = None, *, detach: bool | None = None
@@ -109,7 +118,7 @@ class LocalStage(nn.Module):
         features, moments = self._moments(x, self.detach if detach is None else detach)
         if self.head.needs_image:
             moments.image = x if image is None else image
-        return features, moments
+        return features if self.dropout is None else self.dropout(features), moments
 
     def _moments(self, x: Tensor, detach: bool) -> tuple[Tensor, PooledMoments]:
         body, head, downsample = self.body, self.head, self.downsample
