@@ -202,7 +202,7 @@ def studies(folder: Path) -> str:
 
 
 def _study(report: Path) -> str:
-    """The table, the first figure and what was found; the rest is a link away."""
+    """The table, what was found, and the figures; the setup is a link away."""
     text, folder = report.read_text(encoding="utf-8"), f"{STUDIES.name}/{report.parent.name}"
     sections = {name: body.strip() for name, body in re.findall(r"^## (.+)\n((?:(?!## ).*\n)*)", text, re.MULTILINE)}
 
@@ -212,7 +212,6 @@ def _study(report: Path) -> str:
         return ", ".join(dict.fromkeys(values))
 
     title = text.partition("\n")[0].removeprefix("# ")
-    figure = sections["Figures"].split("\n\n")[1].replace("](plots/", f"]({folder}/plots/")
     origin = [
         f"{fact('machine')}, threads: {fact('threads')}",
         fact("versions"),
@@ -223,11 +222,11 @@ def _study(report: Path) -> str:
         [
             f"### {title}",
             f"{fact('data')}. Epochs: {fact('epochs')}. Seeds: {fact('seeds')}. Wall time: {fact('wall time')}. "
-            f"{'; '.join(origin)}. [The whole report]({folder}/report.md), with all figures and the setup.",
+            f"{'; '.join(origin)}. [The report]({folder}/report.md) has the setup.",
             sections["Results"],
-            figure,
             f"Found:\n\n{sections['What was found']}",
             f"Not found:\n\n{sections['What was not found']}",
+            sections["Figures"].replace("](plots/", f"]({folder}/plots/"),
         ]
     )
 

@@ -266,6 +266,8 @@ def test_differences_that_are_not_found() -> None:
     assert not one_image.found and "what can be told (2 points)" in one_image.text
     one_seed = studies.compare(made_up({"a": [0.9], "b": [0.1]}), "a", "b")
     assert not one_seed.found and "with one seed there is no spread" in one_seed.text
+    one_point = studies.compare(made_up({"a": [0.90, 0.91], "b": [0.80, 0.80]}), "a", "b")
+    assert one_point.text.endswith("more than the spread over seeds (1 point).")
     equal = studies.compare(made_up({"a": [0.9, 0.8], "b": [0.8, 0.9]}), "a", "b")
     assert equal == Finding("The test accuracy of a and that of b are the same (85).", False)
     lost = studies.compare(made_up({"a": [math.nan, 0.9], "b": [0.1, 0.1]}), "a", "b", names=("A", "B"))

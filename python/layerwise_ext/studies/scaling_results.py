@@ -137,8 +137,8 @@ def _degrades(results: Results, arm: str) -> Finding:
     if not growth.differs(1 / results.test_images):
         return Finding(f"{sides}, not more than the spread. It was not found here {claim}.", False)
     if growth.mean > 0:
-        return Finding(f"{sides}, more than the spread. The claim {claim}, held here.", True)
-    return Finding(f"{sides}: it catches up. The claim {claim}, did not hold here.", False)
+        return Finding(f"{sides}, more than the spread. The claim {claim} held here.", True)
+    return Finding(f"{sides}: it catches up. The claim {claim} did not hold here.", False)
 
 
 def _against(gap: Summary) -> str:
@@ -167,11 +167,11 @@ def _fixes(results: Results) -> Finding:
     if not gain.differs(resolution):
         return Finding(f"{sides}, not more than the spread. It was not found here {claim}.", False)
     if gain.mean < 0:
-        return Finding(f"{sides}: it made local training worse. The claim {claim}, did not hold here.", False)
+        return Finding(f"{sides}: it made local training worse. The claim {claim} did not hold here.", False)
     if left.mean > 0 and left.differs(resolution):
         text = f"It closed {gain.mean / gap.mean:.0%} of the difference: it helped, and did not fix it."
         return Finding(f"{sides}. {text}", True)
-    return Finding(f"{sides}. What is left does not exceed the spread: the claim {claim}, held here.", True)
+    return Finding(f"{sides}. What is left does not exceed the spread: the claim {claim} held here.", True)
 
 
 def _intensity(results: Results) -> list[Finding]:

@@ -384,7 +384,8 @@ def _by_seed(results: Results, first: Cell | str, second: Cell | str, key: str, 
 
 
 def _size(value: float, unit: str) -> str:
-    return f"{abs(value):.{2 if abs(value) < 10 else 3}g}{unit}"
+    number = f"{abs(value):.{2 if abs(value) < 10 else 3}g}"
+    return number + (unit.removesuffix("s") if number == "1" else unit)
 
 
 def compare_steps(results: Results, first: Cell | str, second: Cell | str, *, names: tuple[str, str]) -> list[Finding]:
