@@ -1,5 +1,5 @@
-"""Writes the measured tables of README.md and docs/fuse.md from benchmarks/results, and the results in docs/studies.md
-from the reports in docs/studies: no number there is typed by hand.
+"""Writes the measured tables of README.md, docs/decoupled.md and docs/fuse.md from benchmarks/results, and the results
+in docs/studies.md from the reports in docs/studies: no number there is typed by hand.
 
 `python benchmarks/readme_table.py` rewrites them between their markers; with `--check` it changes nothing and fails if
 one of them does not say what the results say.
@@ -190,6 +190,34 @@ def library_models(results: Path) -> str:
     return "\n".join([*lines, "", f"{libraries}; {_origin(result)}"])
 
 
+# -- Decoupled training ------------------------------------------------------------------------------------------------
+
+
+def decoupled(results: Path) -> str:
+    """Markdown for the complete result of bench_decoupled.py."""
+    path = results / "bench_decoupled-cpu.json"
+    result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if result is None or not result["settings"]["complete"]:
+        return "No results are recorded; `python benchmarks/bench_decoupled.py` makes them."
+    cases = result["cases"]
+    columns = [f"{case['dtype']} {column}" for case in cases for column in ("steps/s", "speed")]
+    lines = [_line(["trainer", *columns]), _line(["---", *["---:"] * len(columns)])]
+    for name in cases[0]["speed"]:
+        cells = []
+        for case in cases:
+            cells += [f"{case['steps_per_second'][name]['median']:.2f}", f"{case['speed'][name]['median']:.2f}x"]
+        lines.append(_line([name, *cells]))
+    best = ", ".join(f"{case['dtype']} {case['speed_at_best']:.2f}x" for case in cases)
+    steps = ", ".join(f"{case['equal_steps']} steps ({case['dtype']})" for case in cases)
+    text = (
+        "*speed*: steps per second over those of one process with one thread in the same dtype, medians of "
+        f"{cases[0]['rounds']} interleaved rounds. Stages of each worker: {cases[0]['partition']}; if nothing took "
+        f"time but the slower worker's stages, timed alone: {best}. The synchronous run and one process have the "
+        f"same losses, parameters, running statistics and states of the optimisers, bit for bit, after {steps}."
+    )
+    return "\n".join([*lines, "", text, "", _origin(result)])
+
+
 # -- Studies -----------------------------------------------------------------------------------------------------------
 
 STUDIES = REPOSITORY / "docs" / "studies"
@@ -236,6 +264,7 @@ def _study(report: Path) -> str:
 BLOCKS = {"bench_stage": tables, "networks": networks}
 PAGES = {
     REPOSITORY / "README.md": BLOCKS,
+    REPOSITORY / "docs" / "decoupled.md": {"bench_decoupled": decoupled},
     REPOSITORY / "docs" / "fuse.md": {"library_models": library_models},
     REPOSITORY / "docs" / "studies.md": {"studies": lambda _: studies(STUDIES)},
 }

@@ -352,6 +352,28 @@ def test_table_of_library_models(complete, tmp_path):
     assert lines[-1].startswith("torchvision 0.1; ")
 
 
+def test_table_of_decoupled_training(complete, tmp_path):
+    assert "No results" in readme_table.decoupled(tmp_path)
+    head = {key: complete[key] for key in ("machine", "versions", "commit", "date")}
+    names = {bench_decoupled.ONE: (2.0, 1.0), bench_decoupled.SYNCHRONOUS: (3.0, 1.5)}
+    cases = [
+        {
+            "dtype": dtype,
+            "steps_per_second": {name: {"median": rate * factor} for name, (rate, _) in names.items()},
+            "speed": {name: {"median": speed} for name, (_, speed) in names.items()},
+            "rounds": 5, "partition": [3, 4], "speed_at_best": 1.75 * factor, "equal_steps": 40,
+        }
+        for dtype, factor in (("fp32", 1), ("bf16", 2))
+    ]  # fmt: skip
+    for complete_run, expected in ((False, "No results"), (True, "| DecoupledTrainer | 3.00 | 1.50x | 6.00 | 1.50x |")):
+        result = head | {"settings": {"complete": complete_run}, "cases": cases}
+        harness.write_json(tmp_path / "bench_decoupled-cpu.json", result)
+        assert expected in readme_table.decoupled(tmp_path)
+    text = readme_table.decoupled(tmp_path)
+    assert "| trainer | fp32 steps/s | fp32 speed | bf16 steps/s | bf16 speed |" in text
+    assert "fp32 1.75x, bf16 3.50x" in text and "medians of 5" in text and "40 steps (fp32), 40 steps (bf16)" in text
+
+
 def test_results_of_studies(tmp_path):
     assert "No results" in readme_table.studies(tmp_path)
     setup = {"data": "toys: 3 images", "epochs": "4", "seeds": "0, 1", "wall time": "5 s"}
