@@ -204,6 +204,35 @@ def test_greedy_training_equals_a_plain_loop_on_frozen_features() -> None:
     torch.testing.assert_close(dict(model[1].state_dict()), dict(peer[1].state_dict()), **TOLERANCE)
 
 
+@pytest.mark.parametrize("cache", [True, False])
+def test_greedy_training_drops_channels_of_what_is_kept(cache: bool) -> None:
+    """Anew in each step, with the dropout of the stage before; not for the first stage, not in evaluation."""
+    model = network(dropout=0.5)
+    trainer = trainer_for(GreedyTrainer, model, cache=cache)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    step = trainer._step
+
+    def watch(x: torch.Tensor, *rest: Any) -> Any:
+        before = model[trainer.stage].moments
+        model[trainer.stage].moments = lambda y, *more: seen.append((x, y)) or before(y, *more)  # type: ignore
+        try:
+            return step(x, *rest)
+        finally:
+            del model[trainer.stage].moments
+
+    trainer._step = watch  # type: ignore[method-assign]
+    trainer.fit([arrays(40)], 2)
+    assert len(seen) == 6 and all(x is y or torch.equal(x, y) for x, y in seen[:2])
+    masks = []
+    for x, y in seen[2:]:
+        kept = y.abs().sum((2, 3), keepdim=True) > 0
+        torch.testing.assert_close(y, x * kept * 2, **TOLERANCE)
+        assert 0.3 < kept.double().mean() < 0.8
+        masks.append(kept)
+    assert not torch.equal(masks[0], masks[1])
+    assert trainer.evaluate([arrays(40)]) == trainer.evaluate([arrays(40)])
+
+
 # -- Resuming ----------------------------------------------------------------------------------------------------------
 
 

@@ -349,7 +349,9 @@ def _losses(stages: Sequence[LocalStage], images: Tensor, target: Tensor, local:
             if stage.head.needs_image:
                 moments.image = images
             losses.append(cast(Tensor, stage.head(moments, target).loss))
-        x = y if stage.downsample is None else stage.downsample(y)
+        for module in (stage.downsample, stage.dropout):
+            y = y if module is None else module(y)
+        x = y
     return losses
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise_ext.train import random_state
@@ -29,8 +30,10 @@ class GreedyTrainer(Trainer):
     a new order, drawn from the trainer's generator, in batches of the loader's size. So for all stages but the first,
     which reads the loader in each epoch, random augmentation is drawn once per stage, and a sampler that chooses which
     images meet in a batch (:class:`~layerwise_ext.data.ClassBatchSampler`) has no part in it. Where early stopping ends
-    a stage, the next one begins. With ``ema_decay`` the next stage gets what the averaged weights give. With
-    ``process_group`` each process keeps the outputs of its part of the batches, and an order of its own.
+    a stage, the next one begins. What is kept is without the dropout of the stage before
+    (:class:`~layerwise_ext.nn.LocalStage`), which is drawn anew in each step. With ``ema_decay`` the next stage gets
+    what the averaged weights give. With ``process_group`` each process keeps the outputs of its part of the batches,
+    and an order of its own.
 
     Args:
         stages, optimizer, ...: see :class:`Trainer`.
@@ -86,8 +89,11 @@ class GreedyTrainer(Trainer):
     def _step(self, x: Tensor, target: Tensor, weight: float = 1.0, update: bool = True) -> StepResult:
         """One step of the current stage on its inputs ``x``."""
         stage = self.stages[self.stage]
+        x = x.detach()
+        if self.stage > 0 and (dropout := self.stages[self.stage - 1].dropout) is not None:
+            x = F.dropout2d(x, dropout.p)  # the frozen stage itself is in eval mode
         with self._autocast():
-            _, loss, logits = stage(x.detach(), target)
+            _, loss, logits = stage(x, target)
         self._backward(loss, weight, self.stage)
         if update:
             self._update(self.stage)
