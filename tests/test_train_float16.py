@@ -95,6 +95,20 @@ def test_a_stage_with_infinite_gradients_leaves_the_others_alone() -> None:
     assert [not torch.equal(after[name], before[name]) for name in weights] == [True, False, True]
 
 
+def test_steps_that_are_left_out_have_no_part_in_averages() -> None:
+    model = float_network()
+    trainer = trainer_in_float16(LocalTrainer, model, ema_decay=0.5)
+    hook = model[1].head.register_forward_hook(lambda _, args, output: output._replace(loss=output.loss * math.inf))
+    images, target = BATCHES[0]
+    trainer.step(images, target)
+    assert [int(average.n_averaged) for average in trainer._averages] == [1, 0, 1]
+    hook.remove()
+    trainer.step(images, target)
+    assert [int(average.n_averaged) for average in trainer._averages] == [2, 1, 2]
+    averaged = trainer.ema_stages[1].body.state_dict()
+    assert same(averaged, model[1].body.state_dict())  # the first weights that it sees
+
+
 def test_gradients_that_cross_stages_have_one_scale() -> None:
     model = float_network()
     for stage in model:
@@ -117,6 +131,10 @@ def test_forward_passes_are_in_float16(kind: type[Trainer]) -> None:
 
 
 def test_float16_is_refused_in_a_cuda_graph() -> None:
-    with pytest.raises(ValueError, match="the scaler waits for the device"):
+    with pytest.raises(ValueError, match="waits for the device"):
         precision.check(torch.float16, True)
     precision.check(torch.float16, False)
+    model = float_network()
+    model[1].cuda_graph = True
+    with pytest.raises(ValueError, match="of the trainer or of a stage, with autocast_dtype"):
+        trainer_in_float16(LocalTrainer, model)

@@ -80,8 +80,8 @@ class Trainer(Resumable, Evaluator):
     Raises:
         TypeError: ``process_group`` is no process group.
         ValueError: an argument out of range; a sequence of another length than there are optimisers; (``cuda_graph``)
-            stages that are not on a CUDA device, a batch norm with ``momentum=None``, ``accumulate`` above 1, float16,
-            several processes.
+            stages that are not on a CUDA device, a batch norm with ``momentum=None``, ``accumulate`` above 1, float16
+            (also with stages of their own ``cuda_graph``), several processes.
 
     Attributes:
         epoch: number of finished epochs, over all stages.
@@ -122,7 +122,7 @@ class Trainer(Resumable, Evaluator):
         if device is None:
             device = next(p.device for stage in self.stages for p in stage.parameters())
         self.device = torch.device(device)
-        precision.check(autocast_dtype, cuda_graph)
+        precision.check(autocast_dtype, cuda_graph or any(stage.cuda_graph for stage in self.stages))
         if cuda_graph:
             _graphs.check_device(self.device)
             _graphs.check_capturable(self.stages)
@@ -140,6 +140,7 @@ class Trainer(Resumable, Evaluator):
         groups = [[p for p in group if p.requires_grad] for group in self._parameter_groups()]
         self.optimizers = optimizers.make("optimizer", optimizer, groups)
         self._scalers = [precision.grad_scaler(autocast_dtype, self.device) for _ in range(self._losses(len(groups)))]
+        self._left_out: set[int] = set()  # optimisers whose last step had gradients that were not finite
         self._pending: tuple[int, Callable[[], None]] | None = None  # an optimiser that waits for other replicas
         parameters = [p for group in groups for p in group]
         self._may_wait = self._replicas.size > 1 and len(set(parameters)) == len(parameters)
@@ -169,6 +170,7 @@ class Trainer(Resumable, Evaluator):
         Raises:
             ValueError: ``weight`` or ``update`` with ``cuda_graph``.
         """
+        self._left_out.clear()
         if self._captured is not None and (weight != 1.0 or not update):
             raise ValueError("cuda_graph=True needs weight=1 and update=True: a graph is a whole update")
         if self._captured is None:
@@ -184,7 +186,7 @@ class Trainer(Resumable, Evaluator):
 
     def _update_averages(self) -> None:
         for group in self._active_groups() if self._averages else ():
-            for index in self._stages_of(group):
+            for index in self._stages_of(group) if group not in self._left_out else ():
                 self._averages[index].update_parameters(self.stages[index])
 
     @abstractmethod
@@ -225,7 +227,14 @@ class Trainer(Resumable, Evaluator):
         if self.clip_norm is not None:
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], self.clip_norm)
-        scaler.step(optimizer)
+        if scaler.is_enabled():
+            taken: list[bool] = []
+            with optimizer.register_step_post_hook(lambda *_: taken.append(True)):
+                scaler.step(optimizer)
+            if not taken:
+                self._left_out.add(group)
+        else:
+            optimizer.step()
         # Dropping the gradients at once keeps those of one optimiser only in memory.
         optimizer.zero_grad(set_to_none=True)
 

@@ -19,8 +19,8 @@ def check(dtype: torch.dtype | None, cuda_graph: bool) -> None:
         raise ValueError(f"autocast_dtype is {dtype}; allowed: {', '.join(map(str, DTYPES))}")
     if dtype is torch.float16 and cuda_graph:
         raise ValueError(
-            "cuda_graph=True with autocast_dtype=torch.float16: the scaler waits for the device to see whether "
-            "gradients are finite; torch.bfloat16 needs none"
+            "cuda_graph=True, of the trainer or of a stage, with autocast_dtype=torch.float16: the scaler changes the "
+            "loss and waits for the device to see whether gradients are finite; torch.bfloat16 needs none"
         )
 
 
