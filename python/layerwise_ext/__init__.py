@@ -16,7 +16,7 @@ from __future__ import annotations
 __version__ = "0.1.0"
 
 from layerwise_ext import _flops as _flops
-from layerwise_ext import autotune, checkpoint, functional, init, models, nn, probe, train
+from layerwise_ext import autotune, checkpoint, data, functional, init, models, nn, probe, train
 from layerwise_ext._ops import cache_limit, cached_bytes, empty_cache, set_cache_limit
 from layerwise_ext.fuse import FuseReport, fuse_, unfuse_
 
@@ -27,6 +27,7 @@ __all__ = [
     "cache_limit",
     "cached_bytes",
     "checkpoint",
+    "data",
     "empty_cache",
     "functional",
     "fuse_",
