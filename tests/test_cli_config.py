@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,13 @@ def test_files_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 @needs_page
+@pytest.mark.parametrize(("given", "expected"), [
+    ({}, options.SMALL_MODEL), ({"data": "mnist"}, "vgg8b"), ({"model": "cnn"}, "cnn")
+])  # fmt: skip
+def test_the_default_network_fits_the_images(given: dict[str, str], expected: str) -> None:
+    assert config.complete(argparse.Namespace(config=None, **given)).model == expected
+
+
 def test_every_option_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
     text = PAGE.read_text(encoding="utf-8")
     for name in options.OPTIONS:

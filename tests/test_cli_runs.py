@@ -63,6 +63,12 @@ def first(split: data.Split, count: int) -> data.Split:
 @pytest.mark.parametrize("options", [[], ["--head", "goodness"], ["--plain", "--ema-decay", "0.8"]])
 def test_files_of_weights_rebuild_the_network(tmp_path: Path, options: list[str]) -> None:
     folder = run(tmp_path / "run", "--epochs", "4", "--lr", "0.05", *options)
+    if options != ["--head", "goodness"]:  # the network of the checkpoint is that of its last weights
+        tables = []
+        for path in (folder, folder / "last.safetensors"):
+            assert cli.main(["probe", str(path)]) == 0
+            tables.append((folder / "separability.csv").read_text())
+        assert tables[0] == tables[1]
     found = accuracies(folder, "test")
     best = max(found, key=lambda epoch: (found[epoch], -epoch))
     normalization = data.Normalization.of(first(data.load("digits"), 200).images)
@@ -237,6 +243,7 @@ def test_the_config_of_a_run_repeats_it(tmp_path: Path) -> None:
     assert cli.main(["train", str(folder / "config.yaml"), "--output", str(again)]) == 0
     assert contents(again) == contents(folder)
     assert json.loads(checkpoint.load_weights(folder / "last.safetensors")[1]["network"])["dropout"] == 0.3
+    assert json.loads(checkpoint.load_weights(folder / "last.safetensors")[1]["network"])["dim"] == 1024
     assert cli.main(["train", str(folder / "config.yaml"), "--output", str(folder), "--resume", "--epochs", "3"]) == 0
     assert len(accuracies(folder, "test")) == 3
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise_ext.cli.common import UsageError, installed
-from layerwise_ext.cli.options import OPTIONS, add_options, flag
+from layerwise_ext.cli.options import MODEL, OPTIONS, SMALL_MODEL, add_options, flag
 
 
 def complete(given: argparse.Namespace) -> argparse.Namespace:
@@ -18,7 +18,10 @@ def complete(given: argparse.Namespace) -> argparse.Namespace:
     values = {name: each.default for name, each in OPTIONS.items()}
     if given.config is not None:
         values |= read(given.config)
-    return argparse.Namespace(**{**values, **vars(given)})
+    values |= vars(given)
+    if values["model"] is None:
+        values["model"] = SMALL_MODEL if values["data"] == "digits" else MODEL
+    return argparse.Namespace(**values)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -75,6 +75,7 @@ def network(arguments: argparse.Namespace, info: Info, normalization: Normalizat
         "downsampling": _schedule(arguments.downsampling),
         "fused": not arguments.plain,
         "head": arguments.head,
+        "dim": arguments.dim or (2048 if info.channels == 3 else 1024),
         "label_smoothing": arguments.label_smoothing,
         "image_mean": normalization.mean.tolist(),
         "image_std": normalization.std.tolist(),

@@ -27,6 +27,8 @@ DATA = (
     "stl10",
     "image-folder",
 )
+# Digits have 8x8 pixels, too few for the pools of vgg8b.
+MODEL, SMALL_MODEL = "vgg8b", "32,64,M,64,128"
 # Of models.HEADS, which is not imported for --help.
 HEADS = (
     "pooled_linear",
@@ -87,7 +89,7 @@ GROUPS = {
     "network": {
         "model": Option(
             "vgg8b, vgg11b, vgg11 to vgg19, resnet18 to resnet152, resnet20 to resnet110, cnn, or widths and pools "
-            "such as 32,M,64,M", "vgg8b"),
+            f"such as 32,M,64,M; default: vgg8b, of digits {SMALL_MODEL}"),
         "width_multiplier": Option("scales the widths", 1.0, _positive_float),
         "downsampling": Option("where the resolution halves: standard, accelerated, or units such as 1,3,4,5",
                                "standard"),
@@ -100,6 +102,8 @@ GROUPS = {
         "mode": Option("all layers on one loss, all stages at once on their own, one after another, or in processes",
                        "local", choices=MODES),
         "head": Option("the local loss of the stages", "pooled_linear", choices=HEADS),
+        "dim": Option("most pooled features of a local classifier; default: 2048 for images in colour, 1024 for others",
+                      kind=_positive_int),
         "label_smoothing": Option("of cross-entropies", 0.0, float, metavar="SHARE"),
         "deep_supervision": Option("of the hidden heads' losses, in joint training or within --blocks",
                                    kind=_positive_float, metavar="WEIGHT", modes=("joint", "local")),

@@ -194,13 +194,19 @@ def load_into(model: StagedModel, path: Path) -> None:
             model.backbone().load_state_dict(checkpoint.load_weights(path)[0])
             return
         state = checkpoint.load(path)
-        pretrains = state["trainer"] == "AutoencoderPretrainer"
-        for stage, values in zip(model, state["stages"], strict=True):
-            if pretrains:  # the layers so far; its heads are decoders
-                stage.body.load_state_dict(
-                    {name.removeprefix("body."): t for name, t in values.items() if name.startswith("body.")}
-                )
+        pretrains = state["trainer"] == "AutoencoderPretrainer"  # the layers so far; its heads are decoders
+        averages = state["averages"] or [None] * len(state["stages"])
+        for stage, values, average in zip(model, state["stages"], averages, strict=True):
+            if average is not None and average["n_averaged"] > 0:  # what is evaluated
+                values = _part(average, "module")
+            if pretrains:
+                stage.body.load_state_dict(_part(values, "body"))
             else:
                 stage.load_state_dict(values)
     except Exception as error:  # torch.load has no error type of its own for a damaged file
         raise UsageError(f"{path} cannot be used ({error})") from error
+
+
+def _part(state: dict[str, Any], name: str) -> dict[str, Any]:
+    """Of a submodule."""
+    return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
