@@ -240,6 +240,7 @@ def _study(report: Path) -> str:
         return ", ".join(dict.fromkeys(values))
 
     title = text.partition("\n")[0].removeprefix("# ")
+    data, _, images = fact("data").partition(": ")
     origin = [
         f"{fact('machine')}, threads: {fact('threads')}",
         fact("versions"),
@@ -248,7 +249,7 @@ def _study(report: Path) -> str:
     ]
     return "\n\n".join(
         [
-            f"### {title}",
+            f"### {title} ({data}, {images.split()[0]} images)",
             f"{fact('data')}. Epochs: {fact('epochs')}. Seeds: {fact('seeds')}. Wall time: {fact('wall time')}. "
             f"{'; '.join(origin)}. [The report]({folder}/report.md) has the setup.",
             sections["Results"],

@@ -388,7 +388,7 @@ def test_results_of_studies(tmp_path):
         )  # fmt: skip
         (tmp_path / name / "report.md").write_text(text)
     studies = readme_table.studies(tmp_path)
-    assert studies.index("### Study a") < studies.index("### Study b")
+    assert studies.index("### Study a (toys, 3 images)\n") < studies.index("### Study b (toys, 3 images)\n")
     one = studies.partition("### Study b")[0]
     assert "toys: 3 images. Epochs: 4. Seeds: 0, 1. Wall time: 5 s. a box, threads: 1; layerwise_ext 1" in one
     assert "; commit abc, def; today. [The report](studies/a/report.md)" in one
