@@ -133,7 +133,8 @@ def test_heads(head: str, hidden: int | None) -> None:
              "reconstruction": ReconstructionHead, "infopro": InfoProHead}  # fmt: skip
     kind = kinds[head.partition("_")[0]]
     assert all(type(stage.head) is kind for stage in list(model)[:-1])
-    assert type(model[-1].head) is (kind if kind in (PredSimHead, GoodnessHead) else PooledLinearHead)
+    own = kind in (PredSimHead, GoodnessHead) or (kind in (ConvHead, MLPSRHead) and hidden is None)
+    assert type(model[-1].head) is (kind if own else PooledLinearHead)
     projects = [any(isinstance(m, SimilarityHead) and m.needs_map for m in stage.head.modules()) for stage in model]
     is_last = [stage is model[-1] for stage in model]
     if not head.endswith("projected"):
@@ -153,7 +154,38 @@ def test_heads(head: str, hidden: int | None) -> None:
         assert all(p.grad is not None and p.grad.isfinite().all() for p in stage.parameters())
     keys = {key.replace(".block", "") for key in model.backbone_state_dict()}
     usual = vgg([8, "M", 16], **{**SMALL, "hidden": hidden}).backbone_state_dict().keys()
-    assert keys == {key for key in usual if kind is not GoodnessHead or "output" not in key}
+    if kind in (GoodnessHead, ConvHead, MLPSRHead):  # with an output of its own, or none
+        keys, usual = ({key for key in each if "output" not in key} for each in (keys, usual))
+    assert keys == set(usual)
+    if kind is not GoodnessHead:
+        model.eval()
+        torch.testing.assert_close(model.backbone()(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_conv_heads_of_other_depths() -> None:
+    for depth in (1, 3):
+        model = vgg([8, "M", 16], **{**SMALL, "hidden": None}, head="conv", head_depth=depth)
+        assert [len(stage.head.layers) for stage in model] == [depth - 1] * len(model)
+        assert [stage.head.needs_map for stage in model] == [depth > 1] * len(model)
+    with pytest.raises(ValueError, match="head_depth is 0; it must be at least 1"):
+        vgg([8], **SMALL, head_depth=0)
+
+
+@pytest.mark.parametrize("make", [vgg, resnet])
+@pytest.mark.parametrize("activation", ["prelu", "rrelu", "gelu", "silu", "tanh"])
+def test_activations(activation: str, make: Callable[..., StagedModel]) -> None:
+    options = {"image_size": (8, 8), "in_channels": 1, "activation": activation, "seed": 0}
+    config = [6, "M", 8] if make is vgg else (1, 1)
+    fused, plain = make(config, **options), make(config, fused=False, **options)
+    assert list(fused.backbone_state_dict()) == list(plain.backbone_state_dict())
+    assert type(fused[0].body).__name__ == "ConvBNReLU2d" and fused[0].body.activation == activation
+    x = torch.randn(4, 1, 8, 8)
+    if activation == "rrelu":  # its slopes are random while training
+        fused.eval(), plain.eval()
+    y, z = x, x
+    for stage, peer in zip(fused, plain, strict=True):
+        y, z = stage.features(y), peer.features(z)
+        torch.testing.assert_close(y, z, rtol=1e-3, atol=1e-4)
 
 
 def test_bad_arguments() -> None:
@@ -164,7 +196,7 @@ def test_bad_arguments() -> None:
         ("at least one number", ["M"], {}),
         ("no layer is left", [8, "M"], {"hidden": None}),
         ("head is 'mlp'; allowed: 'pooled_linear', 'similarity'", [8], {"head": "mlp"}),
-        ("activation is 'gelu'", [8], {"activation": "gelu"}),
+        ("activation is 'swish'", [8], {"activation": "swish"}),
         ("width_multiplier is 0", [8], {"width_multiplier": 0}),
         (r"image_size is \(8, 8\), too small for 4 2x2 pools.*at least 16", "vgg8b", {"image_size": (8, 8)}),
         (r"image_size is \(0, 8\)", [8], {"image_size": (0, 8)}),

@@ -26,6 +26,7 @@ from layerwise_ext.nn import (
     SimilarityHead,
     infopro_weights,
 )
+from layerwise_ext.nn.conv import ACTIVATIONS
 from layerwise_ext.nn.heads import zero_
 
 HEADS = (
@@ -45,7 +46,8 @@ HEADS = (
 )
 # They need more of a network than a map: its units, or a normalisation in front of each.
 OF_NETWORKS = ("auglocal", "goodness")
-ACTIVATIONS = ("relu", "leaky_relu")
+# Whose classifier is that of the network's output, too, unless the map there is one element.
+OF_OUTPUTS = ("conv", "mlp_sr")
 
 # Units of the first stage's auxiliary network of 'auglocal', and by how much it is shorter at the last one.
 AUGLOCAL_DEPTH, AUGLOCAL_DECAY = 3, 0.5
@@ -62,6 +64,7 @@ class Heads(NamedTuple):
     """The local losses of a network, see the arguments of :func:`~layerwise_ext.models.vgg` with these names."""
 
     head: str
+    head_depth: int
     num_classes: int
     bins: int | tuple[int, int] | None
     dim: int
@@ -74,10 +77,12 @@ class Heads(NamedTuple):
     def check(self) -> None:
         """
         Raises:
-            ValueError: an unknown head, or label smoothing where there is no cross-entropy.
+            ValueError: an unknown head, a depth below 1, or label smoothing where there is no cross-entropy.
         """
         if self.head not in HEADS:
             raise ValueError(f"head is {self.head!r}; allowed: {', '.join(map(repr, HEADS))}")
+        if self.head_depth < 1:
+            raise ValueError(f"head_depth is {self.head_depth}; it must be at least 1")
         if self.head == "goodness" and self.label_smoothing:
             raise ValueError(f"label_smoothing is {self.label_smoothing} with head 'goodness'; allowed: 0")
 
@@ -97,14 +102,14 @@ class Heads(NamedTuple):
             return GoodnessHead(num_classes=self.num_classes)
         if kind == "predsim":
             return PredSimHead(channels, self.num_classes, grid, self.beta, **classifier, **projection)
-        if is_output:
+        if is_output and (self.head not in OF_OUTPUTS or size == (1, 1)):
             return PooledLinearHead(channels, self.num_classes, grid, **classifier)
         if kind == "similarity":
             return SimilarityHead(channels, self.num_classes, **projection)
         if kind == "contrastive":
             return ContrastiveHead(channels, grid)
         if self.head == "conv":
-            return ConvHead(channels, self.num_classes, bins=_clip(2, size), **classifier)
+            return ConvHead(channels, self.num_classes, self.head_depth, bins=_clip(2, size), **classifier)
         if self.head == "mlp_sr":
             return MLPSRHead(channels, self.num_classes, size, **classifier)
         if kind == "reconstruction":

@@ -48,6 +48,7 @@ def resnet(
     dim: int = 1024,
     fused: bool = True,
     head: str = "pooled_linear",
+    head_depth: int = 2,
     beta: float = 0.99,
     label_smoothing: float = 0.0,
     image_mean: float | Sequence[float] = 0.0,
@@ -79,8 +80,8 @@ def resnet(
             keeps the resolution of the one before; or the units, from 0 (the stem), that work at half the resolution of
             the one before (:mod:`layerwise_ext.models.schedule`). ResNet-18 has ``[3, 5, 7]``, accelerated
             ``[0, 3, 5]``. What the stem for ImageNet halves comes on top; accelerated, its first group is the next.
-        bins, dim, fused, head, beta, label_smoothing, image_mean, image_std, activation, dropout, seed: those of
-            :func:`~layerwise_ext.models.vgg`; the output head has one cell where ``bins`` is None.
+        bins, dim, fused, head, head_depth, beta, label_smoothing, image_mean, image_std, activation, dropout, seed: as
+            of :func:`~layerwise_ext.models.vgg`; the output head has one cell where ``bins`` is None.
 
     Raises:
         ValueError: an unknown ``config``, ``block``, ``stem``, ``downsampling``, ``head`` or ``activation``;
@@ -112,7 +113,9 @@ def resnet(
             units.append(build.Unit(_Block(kind, inner, stride, activation, fused)))
     return build.staged(
         units,
-        build.Heads(head, num_classes, bins, dim, beta, label_smoothing, in_channels, image_mean, image_std),
+        build.Heads(
+            head, head_depth, num_classes, bins, dim, beta, label_smoothing, in_channels, image_mean, image_std
+        ),
         in_channels=in_channels,
         image_size=image_size,
         pooled_output=True,
@@ -127,15 +130,16 @@ class PlainResidual(nn.Module):
 
     def __init__(self, block: Residual) -> None:
         super().__init__()
-        layers = [plain(cast(ConvBNReLU2d, layer)) for layer in block.body]
-        conv, bn, self.act = layers[-1]
-        layers[-1] = nn.Sequential(OrderedDict(conv=conv, bn=bn))
-        self.body = nn.Sequential(*layers)
+        self.body = nn.Sequential(*(plain(cast(ConvBNReLU2d, layer)) for layer in block.body))
         self.shortcut = None if block.shortcut is None else plain(cast(ConvBNReLU2d, block.shortcut))
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.shortcut is None else self.shortcut(x)
-        return cast(Tensor, self.act(self.body(x) + shortcut))
+        *first, last = self.body
+        for layer in first:
+            x = layer(x)
+        conv, bn, act = cast(nn.Sequential, last)
+        return cast(Tensor, act(bn(conv(x)) + shortcut))
 
 
 class _Stem:

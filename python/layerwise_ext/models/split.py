@@ -34,6 +34,7 @@ def split(
     input_size: tuple[int, int, int],
     balance: str = "memory",
     head: str = "pooled_linear",
+    head_depth: int = 2,
     bins: int | tuple[int, int] | None = None,
     dim: int = 1024,
     beta: float = 0.99,
@@ -60,8 +61,8 @@ def split(
         input_size: ``(C, H, W)`` of an image.
         balance: with a number of stages, what the most expensive stage is to have least of: ``'memory'``, the outputs
             of convolutions, which training keeps; ``'operations'``; or ``'units'``.
-        head, bins, dim, beta, label_smoothing, image_mean, image_std: of the local heads that are added, see
-            :func:`~layerwise_ext.models.vgg`.
+        head, head_depth, bins, dim, beta, label_smoothing, image_mean, image_std: of the local heads that are added,
+            see :func:`~layerwise_ext.models.vgg`.
 
     Raises:
         TypeError: ``model`` does not give logits ``[N, num_classes]``.
@@ -83,7 +84,7 @@ def split(
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             raise TypeError(f"{type(model).__name__} must give logits [N, num_classes] of {list(images.shape)}")
         image = (input_size[0], image_mean, image_std)
-        heads = Heads(head, logits.shape[1], bins, dim, beta, label_smoothing, *image)
+        heads = Heads(head, head_depth, logits.shape[1], bins, dim, beta, label_smoothing, *image)
         heads.check()
         if isinstance(model, StagedModel):
             units = [_Unit([stage.body], stage) for stage in model]

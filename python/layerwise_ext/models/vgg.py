@@ -45,6 +45,7 @@ def vgg(
     dim: int = 1024,
     fused: bool = True,
     head: str = "pooled_linear",
+    head_depth: int = 2,
     beta: float = 0.99,
     label_smoothing: float = 0.0,
     image_mean: float | Sequence[float] = 0.0,
@@ -82,23 +83,24 @@ def vgg(
         head: the local loss of the stages. ``'pooled_linear'`` is the paper's pred, ``'similarity'`` its sim and
             ``'predsim'`` its predsim, both from the moments of each stage's own output, ``'similarity_projected'`` and
             ``'predsim_projected'`` the paper's form, on a 3x3 convolution of it; ``'contrastive'`` is supervised
-            contrastive, ``'conv'`` a convolution and a classifier, ``'mlp_sr'`` a small network on a quarter of the
+            contrastive, ``'conv'`` convolutions and a classifier, ``'mlp_sr'`` a small network on a quarter of the
             resolution (:class:`~layerwise_ext.nn.ConvHead`, :class:`~layerwise_ext.nn.MLPSRHead`), ``'auglocal'`` a
             network of up to three layers like those that follow (Ma et al. 2024, arXiv 2402.17318),
             ``'reconstruction'`` a decoder's distance to the image, ``'infopro'`` and ``'infopro_contrastive'`` that and
             a classifier or the contrastive loss, with :func:`~layerwise_ext.nn.infopro_weights` (Wang et al. 2021,
             arXiv 2101.10832). With predsim the output is the classifier of the last stage's own predsim, whose
-            cross-entropy is scaled by ``1 - beta`` as the paper's is; with losses that have no classifier the last
-            stage is trained by cross-entropy. ``'goodness'`` is forward-forward: every stage has a
-            :class:`~layerwise_ext.nn.GoodnessHead`, the last one, too, and its body begins with a normalisation; it is
-            trained on :class:`~layerwise_ext.train.LabelledPairs`. Joint training looks at the last head alone: leave
-            it at ``'pooled_linear'`` there.
+            cross-entropy is scaled by ``1 - beta`` as the paper's is; ``'conv'`` and ``'mlp_sr'`` are those of the last
+            stage, too, unless its map is one element; otherwise it has a pooled linear classifier. ``'goodness'`` is
+            forward-forward: every stage has a :class:`~layerwise_ext.nn.GoodnessHead`, the last one, too, and its body
+            begins with a normalisation; it is trained on :class:`~layerwise_ext.train.LabelledPairs`. Joint training
+            looks at the last head alone: leave it at ``'pooled_linear'`` there.
+        head_depth: layers of a ``'conv'`` head, the linear one included: the k of greedy training (arXiv 1812.11446).
         beta: share of similarity matching in predsim.
         label_smoothing: of the cross-entropies, as in ``torch.nn.functional.cross_entropy``.
         image_mean, image_std: what the images were normalised with, a number or one for each channel; what is
             reconstructed is the image before that, between 0 and 1.
-        activation: ``'relu'``, the paper's choice for joint training and pred, or ``'leaky_relu'`` (slope 0.01), its
-            choice for sim and predsim.
+        activation: ``'relu'``, the paper's choice for joint training and pred, ``'leaky_relu'`` (slope 0.01), its
+            choice for sim and predsim, or another one of :class:`~layerwise_ext.nn.ConvBNReLU2d`.
         dropout: probability with which a channel of what a stage gives to the next one is zero while training; the
             paper's for vgg8b: 0.2 for CIFAR, 0.1 for Fashion-MNIST.
         seed: initialise from this seed, leaving torch's global generator untouched; None uses the global generator.
@@ -130,7 +132,9 @@ def vgg(
         units.append(build.Unit(body, (pool, 2) if index + 1 in halved else None))
     return build.staged(
         units,
-        build.Heads(head, num_classes, bins, dim, beta, label_smoothing, in_channels, image_mean, image_std),
+        build.Heads(
+            head, head_depth, num_classes, bins, dim, beta, label_smoothing, in_channels, image_mean, image_std
+        ),
         in_channels=in_channels,
         image_size=image_size,
         pooled_output=False,
