@@ -131,6 +131,33 @@ def test_greedy_training_keeps_weights_when_the_output_is_trained(tmp_path: Path
     assert result["stages"] == [0, 1, 2] and 0 <= result["ensemble"] <= 1
 
 
+def test_options_reach_networks_and_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[str, dict[str, Any]]] = []
+    for kind in (train.GreedyTrainer, train.AutoencoderPretrainer):
+
+        def keep(self: Any, *arguments: Any, kind: Any = kind, before: Any = kind.__init__, **options: Any) -> None:
+            if type(self) is kind:
+                made.append((kind.__name__, options))
+            before(self, *arguments, **options)
+
+        monkeypatch.setattr(kind, "__init__", keep)
+    folder = run(
+        tmp_path / "run", "--mode", "greedy", "--head", "conv", "--head-depth", "1", "--epochs", "1",
+        "--cache-limit", "5", "--cache-dir", str(tmp_path / "kept"),
+        "--pretrain", "denoising", "--pretrain-epochs", "1", "--pretrain-noise", "0.3", "--pretrain-tied",
+        "--optimizer", "sgd", "--nesterov", "--clip-norm", "1", "--activation", "gelu",
+    )  # fmt: skip
+    options = dict(made)
+    assert options["GreedyTrainer"]["cache_limit_bytes"] == 5 << 20 and options["GreedyTrainer"]["cache"]
+    assert options["GreedyTrainer"]["cache_dir"] == tmp_path / "kept" and (tmp_path / "kept").is_dir()
+    pretrainer = options["AutoencoderPretrainer"]
+    assert pretrainer["noise"] == 0.3 and pretrainer["tied"] and pretrainer["clip_norm"] == 1
+    network = json.loads(checkpoint.load_weights(folder / "last.safetensors")[1]["network"])
+    assert (network["head_depth"], network["activation"]) == (1, "gelu")
+    assert all(group["nesterov"] for optimizer in checkpoint.load(folder / "checkpoint.pt")["optimizers"]
+               for group in optimizer["param_groups"])  # fmt: skip
+
+
 @pytest.mark.parametrize(("dtype", "mode"), [("bfloat16", "joint"), ("float16", "local"), ("float16", "decoupled")])
 def test_dtypes(tmp_path: Path, dtype: str, mode: str) -> None:
     options = ["--mode", mode, "--dtype", dtype]
@@ -330,6 +357,13 @@ def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     (["--lr-milestones", "0"], "--lr-milestones is '0'; ascending epochs such as 50,75,89 are allowed"),
     (["--mode", "joint", "--ensemble"], "--ensemble is for --mode local or greedy or decoupled, not joint"),
     (["--dropout", "1"], "dropout is 1.0; allowed: 0 to below 1"),
+    (["--head-depth", "3"], "--head-depth is for --head conv; leave it out"),
+    (["--beta", "0.5", "--head", "similarity"], "--beta is for --head predsim and predsim_projected; leave it out"),
+    (["--nesterov"], "--nesterov is for --optimizer sgd; leave it out"),
+    (["--pretrain", "autoencoder", "--pretrain-noise", "0.1"], "--pretrain-noise is for --pretrain denoising"),
+    (["--pretrain-tied"], "--pretrain-tied is for --pretrain; leave it out"),
+    (["--no-cache"], "--cache is for --mode greedy, not local"),
+    (["--mode", "greedy", "--no-cache", "--cache-limit", "5"], "--cache-limit is for --cache; leave it out"),
     (["--label-smoothing", "2"], "label_smoothing is 2.0; allowed: 0 to 1"),
     (["--label-smoothing", "0.1", "--head", "goodness"], "label_smoothing is 0.1 with head 'goodness'; allowed: 0"),
     (["--mode", "greedy", "--head", "infopro"], "stages[1] has a InfoProHead, which looks at the image"),

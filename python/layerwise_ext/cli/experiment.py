@@ -75,6 +75,8 @@ def network(arguments: argparse.Namespace, info: Info, normalization: Normalizat
         "downsampling": _schedule(arguments.downsampling),
         "fused": not arguments.plain,
         "head": arguments.head,
+        "head_depth": arguments.head_depth,
+        "beta": arguments.beta,
         "dim": arguments.dim or (2048 if info.channels == 3 else 1024),
         "label_smoothing": arguments.label_smoothing,
         "image_mean": normalization.mean.tolist(),

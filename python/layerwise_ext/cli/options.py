@@ -29,6 +29,10 @@ DATA = (
 )
 # Digits have 8x8 pixels, too few for the pools of vgg8b.
 MODEL, SMALL_MODEL = "vgg8b", "32,64,M,64,128"
+# Of ConvBNReLU2d, which is not imported for --help.
+ACTIVATIONS = (
+    "relu", "leaky_relu", "prelu", "rrelu", "relu6", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh", "hardswish"
+)  # fmt: skip
 # Of models.HEADS, which is not imported for --help.
 HEADS = (
     "pooled_linear",
@@ -93,7 +97,7 @@ GROUPS = {
         "width_multiplier": Option("scales the widths", 1.0, _positive_float),
         "downsampling": Option("where the resolution halves: standard, accelerated, or units such as 1,3,4,5",
                                "standard"),
-        "activation": Option("leaky_relu is usual for similarity matching", "relu", choices=("relu", "leaky_relu")),
+        "activation": Option("leaky_relu is usual for similarity matching", "relu", choices=ACTIVATIONS),
         "dropout": Option("share of the channels between stages that are zero in a step", 0.0, float, metavar="SHARE"),
         "init": Option("initial weights: as usual, or from BATCH_SIZE images", "default", choices=INITS),
         "plain": Option("plain PyTorch layers instead of the fused ones", False, bool),
@@ -102,6 +106,8 @@ GROUPS = {
         "mode": Option("all layers on one loss, all stages at once on their own, one after another, or in processes",
                        "local", choices=MODES),
         "head": Option("the local loss of the stages", "pooled_linear", choices=HEADS),
+        "head_depth": Option("layers of the head conv, the linear one included", 2, _positive_int),
+        "beta": Option("share of similarity matching in predsim", 0.99, float, metavar="SHARE"),
         "dim": Option("most pooled features of a local classifier; default: 2048 for images in colour, 1024 for others",
                       kind=_positive_int),
         "label_smoothing": Option("of cross-entropies", 0.0, float, metavar="SHARE"),
@@ -119,14 +125,22 @@ GROUPS = {
         "asynchronous": Option("train from replay buffers", False, bool, modes=("decoupled",)),
         "buffer": Option("batches in a replay buffer; default: 16", kind=_positive_int, metavar="N",
                          modes=("decoupled",)),
+        "cache": Option("keep what frozen stages give, instead of running them in each step", True, bool,
+                        modes=("greedy",)),
+        "cache_dir": Option("a folder for it, in place of memory", kind=Path, modes=("greedy",), defines=False),
+        "cache_limit": Option("MiB that may be kept, default: 2048; otherwise the frozen stages run in each step",
+                              kind=_positive_int, metavar="MIB", modes=("greedy",), defines=False),
         "pretrain": Option("before training, without labels: each layer as an autoencoder of the one before; denoising "
-                           "with a fifth of its inputs set to zero", choices=PRETRAININGS),
+                           "with a part of its inputs set to zero", choices=PRETRAININGS),
+        "pretrain_noise": Option("share that is set to zero; default: 0.2", kind=_positive_float, metavar="SHARE"),
+        "pretrain_tied": Option("decode with the layer's own weights", False, bool),
         "pretrain_epochs": Option("of each layer; default: 10", kind=_positive_int, metavar="N"),
     },
     "optimisation": {
         "epochs": Option("in all; for greedy, per stage", 10, _positive_int, defines=False),
         "batch_size": Option("images, of all processes together", 128, _positive_int),
         "optimizer": Option("sgd: momentum 0.9", "adam", choices=("adam", "sgd")),
+        "nesterov": Option("Nesterov's momentum, of sgd", False, bool),
         "lr": Option("learning rate", 5e-4, _positive_float),
         "lr_milestones": Option("epochs behind which the learning rate is multiplied by LR_DECAY, such as 50,75,89"),
         "lr_decay": Option("default: 0.25", kind=_positive_float, metavar="FACTOR"),

@@ -29,6 +29,9 @@ def check(arguments: argparse.Namespace) -> None:
         UsageError: options that several processes do not have.
     """
     if not shares_batches(arguments):
+        if arguments.pretrain is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UsageError("--pretrain with --mode decoupled is for one command, which starts the workers; torchrun "
+                             "would pretrain in each of them")  # fmt: skip
         return
     size = int(os.environ["WORLD_SIZE"])
     if arguments.batch_size < size:

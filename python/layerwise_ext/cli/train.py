@@ -99,13 +99,20 @@ def _check(arguments: argparse.Namespace) -> None:
     for name, each in OPTIONS.items():
         if getattr(arguments, name) != each.default and arguments.mode not in each.modes:
             raise UsageError(f"{flag(name)} is for --mode {' or '.join(each.modes)}, not {arguments.mode}")
-    for name, needed, how in (
-        ("buffer", "asynchronous", "--mode decoupled --asynchronous"),
-        ("lr_decay", "lr_milestones", "--lr-milestones"),
-        ("pretrain_epochs", "pretrain", "--pretrain"),
+    for name, has_meaning, where in (
+        ("head_depth", arguments.head == "conv", "--head conv"),
+        ("beta", arguments.head.startswith("predsim"), "--head predsim and predsim_projected"),
+        ("buffer", arguments.asynchronous, "--mode decoupled --asynchronous"),
+        ("cache_dir", arguments.cache, "--cache"),
+        ("cache_limit", arguments.cache, "--cache"),
+        ("pretrain_epochs", arguments.pretrain, "--pretrain"),
+        ("pretrain_noise", arguments.pretrain == "denoising", "--pretrain denoising"),
+        ("pretrain_tied", arguments.pretrain, "--pretrain"),
+        ("nesterov", arguments.optimizer == "sgd", "--optimizer sgd"),
+        ("lr_decay", arguments.lr_milestones, "--lr-milestones"),
     ):
-        if getattr(arguments, name) is not None and not getattr(arguments, needed):
-            raise UsageError(f"{flag(name)} is for {how}; leave it out")
+        if getattr(arguments, name) != OPTIONS[name].default and not has_meaning:
+            raise UsageError(f"{flag(name)} is for {where}; leave it out")
     installed("yaml", "a run folder")
     installed("safetensors", "a run folder")
     if arguments.tensorboard:

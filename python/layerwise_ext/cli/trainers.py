@@ -36,7 +36,7 @@ def trainer_of(arguments: argparse.Namespace, model: StagedModel, group: dist.Pr
         "greedy": train.GreedyTrainer,
         "decoupled": train.DecoupledTrainer,
     }
-    names = ("deep_supervision", "checkpointing", "workers", "asynchronous", "buffer")
+    names = ("deep_supervision", "checkpointing", "workers", "asynchronous", "buffer", "cache_dir")
     options: dict[str, Any] = {name: getattr(arguments, name) for name in names if getattr(arguments, name)}
     if not arguments.detach:
         options["detach"] = False
@@ -50,6 +50,10 @@ def trainer_of(arguments: argparse.Namespace, model: StagedModel, group: dist.Pr
         options.setdefault("workers", 2)
     else:
         options["process_group"] = group
+    if arguments.mode == "greedy":
+        options["cache"] = arguments.cache
+        if arguments.cache_limit is not None:
+            options["cache_limit_bytes"] = arguments.cache_limit << 20
     if arguments.patience is not None:
         options["early_stopping"] = train.EarlyStopping(arguments.patience)
     try:
@@ -81,7 +85,8 @@ def pretrainer_of(
         return train.AutoencoderPretrainer(
             model,
             _optimizer(arguments),
-            noise=NOISE if arguments.pretrain == "denoising" else 0.0,
+            tied=arguments.pretrain_tied,
+            noise=(arguments.pretrain_noise or NOISE) if arguments.pretrain == "denoising" else 0.0,
             process_group=group,
             **_common(arguments),
         )
@@ -108,7 +113,7 @@ def _optimizer(arguments: argparse.Namespace) -> OptimizerFactory:
 
     options = {"lr": arguments.lr, "weight_decay": arguments.weight_decay}
     if arguments.optimizer == "sgd":
-        return lambda parameters: torch.optim.SGD(parameters, momentum=0.9, **options)
+        return lambda parameters: torch.optim.SGD(parameters, momentum=0.9, nesterov=arguments.nesterov, **options)
     return lambda parameters: torch.optim.Adam(parameters, **options)
 
 
