@@ -61,7 +61,7 @@ inline Tensor convolution(const Tensor& input, const Tensor& weight, const Ints&
                                     from(false),
                                     from(IntHeaderOnlyArrayRef(output_padding)),
                                     from(groups)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -83,8 +83,7 @@ inline std::tuple<Tensor, Tensor> convolution_backward(const Tensor& dz, const T
                                      from(IntHeaderOnlyArrayRef(output_padding)),
                                      from(groups),
                                      from(torch::headeronly::HeaderOnlyArrayRef<bool>(mask, 3))};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
   const auto none = [&] { return empty_vector(dz, 0, dz.scalar_type()); };
   Tensor gradients[3];
   for (int i = 0; i < 3; ++i) gradients[i] = torch::stable::detail::to<Tensor>(stack[i]);
@@ -102,7 +101,9 @@ inline void check_convolution_backward(const Tensor& z, const Tensor& input, con
 
 // The gradient in the weight's own dtype and layout, as the optimizer will see it.
 inline Tensor as_gradient_of(const Tensor& weight, const Tensor& gradient) {
-  if (weight.scalar_type() == gradient.scalar_type() && gradient.strides() == weight.strides()) return gradient;
+  bool matches = weight.scalar_type() == gradient.scalar_type();
+  for (int64_t i = 0; i < weight.dim(); ++i) matches = matches && weight.stride(i) == gradient.stride(i);
+  if (matches) return gradient;
   Tensor matching = torch::stable::empty_like(weight);
   torch::stable::copy_(matching, gradient);
   return matching;

@@ -40,7 +40,7 @@ inline cuda::Stream current_stream(int32_t device_index) {
   }();
   STD_TORCH_CHECK(function != nullptr, "this torch has no aoti_torch_get_current_cuda_stream: is it built with CUDA?");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(function(device_index, &stream));
+  TORCH_ERROR_CODE_CHECK(function(device_index, &stream));
   return stream;
 }
 

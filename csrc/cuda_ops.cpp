@@ -224,12 +224,11 @@ Tensor convolution_relu(const Tensor& input, const Tensor& weight, const Tensor&
                                       from(IntHeaderOnlyArrayRef(padding)),
                                       from(IntHeaderOnlyArrayRef(dilation)),
                                       from(groups)};
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("aten::cudnn_convolution_relu", "", stack.data(), TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::cudnn_convolution_relu", "", stack.data(), TORCH_ABI_VERSION));
     return torch::stable::detail::to<Tensor>(stack[0]);
   }
   std::array<StableIValue, 1> stack{from(convolution(input, weight, stride, padding, dilation, groups, bias))};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::relu", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::relu", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -242,7 +241,7 @@ Tensor conv_bn_act_inference(Tensor input, Tensor conv_weight, OptionalTensor co
   const Shape s = convolution_shape(input, conv_weight, stride, padding, dilation, groups);
   check_channels("conv_bias", conv_bias, input, s.c);
   check_normalization(input, s, weight, bias, mean, var, form);
-  const bool relu = activation == "relu";
+  const bool relu = form.activation == "relu";
   // cuDNN has no other activation, and nothing behind it.
   if ((!relu && activation != "identity") || residual.has_value() || downsample != "none")
     return std::get<0>(conv_bn_act_moments(input, conv_weight, conv_bias, weight, bias, mean, var, stride, padding,

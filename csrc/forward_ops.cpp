@@ -131,7 +131,7 @@ Tensor conv_bn_act_inference(Tensor input, Tensor conv_weight, OptionalTensor co
   Values shifted = read_values(mean);
   const Values shift = read_values(conv_bias, s.c, 0.0), variance = read_values(var);
   for (int64_t c = 0; c < s.c; ++c) shifted[c] -= shift[c];
-  const bool in_place = downsample == "none";
+  const bool in_place = form.downsample == "none";
   const int64_t pieces =
       in_place && !seed.has_value() && !has_own_convolution(input, conv_weight, s, stride, padding, dilation, groups)
           ? convolution_pieces(s, conv_weight, input.element_size())

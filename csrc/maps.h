@@ -86,7 +86,7 @@ inline ScalarType accumulation_type(ScalarType dtype) {
 inline Tensor empty_strided(const Tensor& like, const Ints& size, const Ints& strides, ScalarType dtype) {
   AtenTensorHandle handle;
   const auto device = like.device();
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       size.size(), size.data(), strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(device.type())), device.index(), &handle));
   return Tensor(handle);
