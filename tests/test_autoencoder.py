@@ -168,6 +168,22 @@ def test_a_network_is_pretrained_and_then_trained_by_others() -> None:
         kind(model, progress=False).fit(data, 1)
 
 
+def test_dense_layers_are_pretrained_and_then_trained_by_others() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU()) for a, b in ((20, 12), (12, 8))]
+    x = torch.randn(32, 20)
+    data = [(x, (x[:, :10].sum(1) > 0).long())]
+    pretrainer(layers).fit(data, 5)
+    for kind in (lw.train.JointTrainer, lw.train.LocalTrainer, lw.train.GreedyTrainer):
+        stages = [LocalStage(copy.deepcopy(layers[0]), PooledLinearHead(12, 2, bins=1), dropout=0.1),
+                  LocalStage(copy.deepcopy(layers[1]), PooledLinearHead(8, 2, bins=1))]  # fmt: skip
+        model = lw.models.StagedModel(stages)
+        trainer = kind(model, lambda p: torch.optim.Adam(p, lr=0.02), progress=False)
+        history = trainer.fit(data, 40, data)
+        assert history[-1]["val_accuracy"][-1] > 0.9
+        torch.testing.assert_close(model.eval().backbone()(x), model(x))
+
+
 @pytest.mark.parametrize("cache", [True, False])
 def test_resuming_equals_one_run(cache: bool) -> None:
     def build() -> tuple[AutoencoderPretrainer, list[nn.Module]]:

@@ -13,6 +13,7 @@ from fuse_models import BasicBlock
 from layerwise_ext.models import StagedModel, cnn, resnet, split, summary, vgg
 from layerwise_ext.models.schedule import one_earlier, positions
 from layerwise_ext.nn import ConvBNReLU2d, FusedChain, LocalStage, ModuleHead, PooledLinearHead, SimilarityHead
+from layerwise_ext.train import LocalTrainer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -350,6 +351,25 @@ def test_split_any_row() -> None:
     assert isinstance(stages[-1].head, ModuleHead)  # its map has 6 rows, less than the pool gives
     x = torch.rand(2, 3, 8, 8)
     torch.testing.assert_close(stages.eval()(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("head", ["pooled_linear", "predsim", "conv", "contrastive"])
+def test_split_a_network_of_linear_layers(head: str) -> None:
+    torch.manual_seed(0)
+    first = [nn.Flatten(), nn.Linear(48, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.1)]
+    second = [nn.Linear(12, 6), nn.ReLU()]
+    model = nn.Sequential(*first, *second, nn.Linear(6, 3))
+    stages = split(model, input_size=(3, 4, 4), head=head)
+    assert [list(stage.body) for stage in stages] == [first, second]
+    x, target = torch.rand(5, 3, 4, 4), torch.tensor([0, 1, 2, 0, 1])
+    torch.testing.assert_close(stages.eval()(x), model.eval()(x))
+    torch.testing.assert_close(stages.backbone()(x), model(x))
+    with torch.no_grad():
+        model[-1].weight.zero_()
+    trainer = LocalTrainer(stages, lambda p: torch.optim.SGD(p, lr=0.5), progress=False)
+    losses = torch.tensor([trainer.step(x, target).loss.tolist() for _ in range(60)])
+    assert bool((losses[-1] < losses[0]).all())
+    assert summary(stages, (3, 4, 4)).stages[1].output == (6, 1, 1)
 
 
 def test_split_leaves_no_trace() -> None:

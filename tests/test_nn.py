@@ -354,8 +354,10 @@ def test_std_of_a_constant_map_has_a_finite_gradient() -> None:
 
 
 def test_moments_of_bad_maps() -> None:
-    with pytest.raises(ValueError, match=r"needs? \[N, C, H, W\]"):
-        PooledMoments.of(torch.zeros(2, 3), (1, 1))
+    with pytest.raises(ValueError, match=r"shape \(2, 3, 4\); moments need \[N, C, H, W\] or \[N, C\]"):
+        PooledMoments.of(torch.zeros(2, 3, 4), (1, 1))
+    with pytest.raises(ValueError, match=r"\(2, 2\) cells but the map is only \(1, 1\)"):
+        PooledMoments.of(torch.zeros(2, 3), (2, 2))
     with pytest.raises(ValueError, match=r"\(4, 2\) cells but the map is only \(3, 3\)"):
         PooledMoments.of(torch.zeros(2, 3, 3, 3), (4, 2))
 

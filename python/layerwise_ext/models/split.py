@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from layerwise_ext.models.build import OF_NETWORKS, Heads, evaluating
 from layerwise_ext.models.staged import StagedModel
-from layerwise_ext.models.summary import Cost, costs
+from layerwise_ext.models.summary import Cost, _size, costs
 from layerwise_ext.nn import (
     AcceleratedDownsample2d,
     ClassifierHead,
@@ -46,8 +46,9 @@ def split(
 
     The network is taken for a row of units. Those of a :class:`StagedModel` are its stages; a stage made of several
     keeps the head and the settings of the last one. Those of any other module are its children in order, where an
-    nn.Sequential stands for its own children; a unit begins with a module that convolves. What comes behind the last
-    feature map (pooling, flatten, linear layers) is the output's head. That this row gives what the module gives is
+    nn.Sequential stands for its own children; a unit begins with a module that convolves, or, in a network without
+    convolutions, with a linear layer. What comes behind the last feature map (pooling, flatten, linear layers), or the
+    last linear layer, is the output's head. That this row gives what the module gives is
     checked on two random images, in evaluation and in training: ResNets and VGGs of torchvision and timm, also after
     :func:`layerwise_ext.fuse_`, can be cut, a DenseNet, which calls functions between its modules, cannot, nor can a
     model with dropout that is not a module.
@@ -55,7 +56,7 @@ def split(
     Modules and parameters are shared with ``model``, which is trained with the stages.
 
     Args:
-        model: a StagedModel or a network that maps ``[N, C, H, W]`` to logits ``[N, num_classes]``.
+        model: a StagedModel or a network that maps images ``[N, C, H, W]`` to logits ``[N, num_classes]``.
         stages: ``'unit'``, a stage for each; a number of stages; or the units, numbered from 0, at which a new stage
             begins, other than the first.
         input_size: ``(C, H, W)`` of an image.
@@ -123,14 +124,23 @@ class _Unit(NamedTuple):
 def _units(model: nn.Module) -> tuple[list[_Unit], list[nn.Module]]:
     """The units, and what comes behind the last map."""
     row = list(_flat(model))
-    convolves = [any(isinstance(m, nn.Conv2d) for m in module.modules()) for module in row]
-    if not any(convolves):
-        raise ValueError(f"{type(model).__name__} has no convolution among its children")
-    last = len(row) - 1 - convolves[::-1].index(True)
-    end = next((i for i in range(last + 1, len(row)) if _is_output(row[i])), len(row))
-    starts = [i for i, convolution in enumerate(convolves) if convolution]
-    starts[0] = 0  # what comes before the first convolution is the first unit's
+    starts = _holding(row, nn.Conv2d)
+    if starts:
+        end = next((i for i in range(starts[-1] + 1, len(row)) if _is_output(row[i])), len(row))
+    else:
+        *starts, end = _holding(row, nn.Linear) or [0]
+        if not starts:
+            raise ValueError(
+                f"{type(model).__name__} has no convolution among its children, nor two linear layers; a unit and the "
+                "output need one each"
+            )
+    starts[0] = 0  # what comes before the first layer is the first unit's
     return [_Unit(row[a:b]) for a, b in itertools.pairwise([*starts, end])], row[end:]
+
+
+def _holding(row: Sequence[nn.Module], kind: type[nn.Module]) -> list[int]:
+    """Where the row has a module of this kind, or one with such a module inside."""
+    return [i for i, module in enumerate(row) if any(isinstance(m, kind) for m in module.modules())]
 
 
 def _flat(module: nn.Module) -> Iterator[nn.Module]:
@@ -151,6 +161,8 @@ def _is_output(module: nn.Module) -> bool:
 def _output_head(modules: Sequence[nn.Module], size: tuple[int, int, int]) -> ClassifierHead:
     """The classifier of a map ``size``, as the fused one where it is average pooling and a linear layer."""
     effective = [m for m in modules if not isinstance(m, (nn.Flatten, nn.Identity)) and not _drops_nothing(m)]
+    if size[1:] == (1, 1) and len(effective) == 1:
+        effective.insert(0, nn.AdaptiveAvgPool2d(1))  # which changes nothing
     if len(effective) == 2 and isinstance(effective[1], nn.Linear):
         cells = _average_pooling(effective[0])
         if cells is not None and cells[0] <= size[1] and cells[1] <= size[2]:
@@ -263,11 +275,12 @@ def _costs(units: Sequence[_Unit], image: Tensor) -> tuple[list[list[Cost]], lis
         for module in unit.modules:
             x, more = costs(module, x, "")
             found[-1] += more
-        if x.dim() != 4:
+        if x.dim() not in (2, 4):
             raise ValueError(
-                f"{type(unit.modules[-1]).__name__} gives shape {list(x.shape)}; a stage must end in a map"
+                f"{type(unit.modules[-1]).__name__} gives shape {list(x.shape)}; a stage must end in [N, C, H, W] or "
+                "[N, C]"
             )
-        sizes.append((x.shape[1], x.shape[2], x.shape[3]))
+        sizes.append(_size(x))
         if unit.stage is not None and unit.stage.downsample is not None:
             x = unit.stage.downsample(x)
     return found, sizes

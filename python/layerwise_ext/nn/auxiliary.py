@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from layerwise_ext.nn.conv import ConvBNReLU2d
 from layerwise_ext.nn.heads import (
+    AveragePool,
     ClassifierHead,
     HeadOutput,
     check_features,
@@ -85,7 +86,7 @@ class ConvHead(ClassifierHead):
         return classify(pooled.mean, self.output, target, self.label_smoothing)
 
     def to_modules(self) -> nn.Sequential:
-        return nn.Sequential(*self.layers, nn.AdaptiveAvgPool2d(self.cells), *self.output)
+        return nn.Sequential(*self.layers, AveragePool(self.cells), *self.output)
 
 
 class MLPSRHead(ClassifierHead):
@@ -148,7 +149,7 @@ class MLPSRHead(ClassifierHead):
         return classify(moments.mean, self.layers, target, self.label_smoothing)
 
     def to_modules(self) -> nn.Sequential:
-        return nn.Sequential(nn.AdaptiveAvgPool2d(self.bins), *self.layers)
+        return nn.Sequential(AveragePool(self.bins), *self.layers)
 
 
 def _pooled(layers: nn.Sequential, x: Tensor, cells: tuple[int, int]) -> PooledMoments:

@@ -169,7 +169,7 @@ class PooledLinearHead(ClassifierHead):
 
     def to_modules(self) -> nn.Sequential:
         """The same classifier for a plain network: adaptive average pooling, flatten, this head's own ``linear``."""
-        return nn.Sequential(nn.AdaptiveAvgPool2d(self.bins), nn.Flatten(), self.linear)
+        return nn.Sequential(AveragePool(self.bins), nn.Flatten(), self.linear)
 
     def extra_repr(self) -> str:
         smoothing = f", label_smoothing={self.label_smoothing}" if self.label_smoothing else ""
@@ -216,6 +216,13 @@ class ModuleHead(ClassifierHead):
 
     def to_modules(self) -> nn.Sequential:
         return self.module if isinstance(self.module, nn.Sequential) else nn.Sequential(self.module)
+
+
+class AveragePool(nn.AdaptiveAvgPool2d):
+    """Of a classifier as plain modules; vectors ``[N, C]`` are maps of one element, as they are to heads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, :, None, None] if x.dim() == 2 else x)
 
 
 def zero_(linear: nn.Linear) -> nn.Linear:

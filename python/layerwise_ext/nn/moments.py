@@ -34,12 +34,13 @@ class PooledMoments:
     def of(y: Tensor, bins: tuple[int, int], *, second_moment: bool = True) -> PooledMoments:
         """The moments of any ``[N, C, H, W]`` tensor, by plain PyTorch; y*y is formed only if ``m2`` is asked for.
 
-        ``second_moment=False`` refuses it, and pools y in its own dtype.
+        Vectors ``[N, C]``, what linear layers give, are maps of one element. ``second_moment=False`` refuses ``m2``,
+        and pools y in its own dtype.
 
         Raises:
-            ValueError: y is not 4-D, or has fewer rows or columns than ``bins``.
+            ValueError: y is neither 4-D nor 2-D, or has fewer rows or columns than ``bins``.
         """
-        return _DenseMoments(y, bins, second_moment)
+        return _DenseMoments(y[:, :, None, None] if y.dim() == 2 else y, bins, second_moment)
 
     @property
     def m1(self) -> Tensor:
@@ -177,7 +178,7 @@ class _DenseMoments(PooledMoments):
 
     def __init__(self, y: Tensor, bins: tuple[int, int], second_moment: bool) -> None:
         if y.dim() != 4:
-            raise ValueError(f"the stage's output has shape {tuple(y.shape)}; moments need [N, C, H, W]")
+            raise ValueError(f"the stage's output has shape {tuple(y.shape)}; moments need [N, C, H, W] or [N, C]")
         if bins[0] > y.shape[2] or bins[1] > y.shape[3]:
             raise ValueError(f"the head pools to {bins} cells but the map is only {tuple(y.shape[2:])}")
         self._y: Tensor = y

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -16,8 +17,8 @@ from layerwise_ext.nn.moments import PooledMoments
 
 
 class StageOutput(NamedTuple):
-    """``features [N, C, H, W]`` for the next stage, the scalar local ``loss`` (None without a target), ``logits``
-    (None where the head has no classifier)."""
+    """``features [N, C, H, W]`` or ``[N, C]`` for the next stage, the scalar local ``loss`` (None without a target),
+    ``logits`` (None where the head has no classifier)."""
 
     features: Tensor
     loss: Tensor | None
@@ -37,7 +38,8 @@ class LocalStage(nn.Module):
     ``nn.Sequential`` around it, run in :meth:`features` only.
 
     Args:
-        body: maps ``[N, C_in, H_in, W_in]`` to ``[N, C, H, W]``.
+        body: maps ``[N, C_in, H_in, W_in]`` to ``[N, C, H, W]``, or anything to vectors ``[N, C]``, as linear layers
+            do: to the head they are maps of one element.
         head: a :class:`LocalHead`; :class:`FunctionHead` makes one of any function of the moments.
         detach: cut the graph at the stage's input and at ``features``, so that no gradient crosses stages. With
             ``detach=False`` gradients flow to the input and back from later uses of ``features`` (deep supervision).
@@ -45,7 +47,8 @@ class LocalStage(nn.Module):
             body's output, while the head sees all of it. Behind a :class:`ConvBNReLU2d` and with ``detach`` the
             activation is then written in the reduced form only.
         dropout: probability with which each channel of what the next stage gets is zero while training
-            (``torch.nn.Dropout2d``); the head sees the map without it, as in Nokland & Eidnes 2019 (arXiv 1901.06656).
+            (``torch.nn.Dropout2d``); the head sees the output without it, as in Nokland & Eidnes 2019 (arXiv
+            1901.06656).
         cuda_graph: on a CUDA device, run training steps as a CUDA graph, for maps so small that launching kernels is
             what takes the time. Forward and backward pass are captured together at the fourth call in a row with inputs
             of one shape; other inputs (a last smaller batch) and evaluation run as usual. ``features`` is then memory
@@ -80,7 +83,7 @@ class LocalStage(nn.Module):
         self.head = head
         self.detach = detach
         self.downsample = None if downsample is None else AcceleratedDownsample2d(*downsample)
-        self.dropout = nn.Dropout2d(dropout) if dropout else None
+        self.dropout = _ChannelDropout(dropout) if dropout else None
         self.cuda_graph = cuda_graph
         self._captured: _graphs.CapturedFunction | None = None
         self._used: list[nn.Parameter] = []  # those that have a gradient in the captured step
@@ -172,6 +175,16 @@ class LocalStage(nn.Module):
 
     def extra_repr(self) -> str:
         return f"detach={self.detach}" + (", cuda_graph=True" if self.cuda_graph else "")
+
+
+class _ChannelDropout(nn.Dropout2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return drop_channels(x, self.p, self.training)
+
+
+def drop_channels(x: Tensor, p: float, training: bool = True) -> Tensor:
+    """Of ``[N, C, H, W]`` or ``[N, C]``."""
+    return (F.dropout if x.dim() == 2 else F.dropout2d)(x, p, training)
 
 
 class _Step(nn.Module):

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layerwise_ext.nn.stage import drop_channels
 from layerwise_ext.train import random_state
 from layerwise_ext.train.common import Trainer, length
 from layerwise_ext.train.evaluation import Batches
@@ -91,7 +91,7 @@ class GreedyTrainer(Trainer):
         stage = self.stages[self.stage]
         x = x.detach()
         if self.stage > 0 and (dropout := self.stages[self.stage - 1].dropout) is not None:
-            x = F.dropout2d(x, dropout.p)  # the frozen stage itself is in eval mode
+            x = drop_channels(x, dropout.p)  # the frozen stage itself is in eval mode
         with self._autocast():
             _, loss, logits = stage(x, target)
         self._backward(loss, weight, self.stage)
