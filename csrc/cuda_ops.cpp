@@ -179,11 +179,12 @@ std::tuple<Tensor, Tensor, Tensor> convolution_statistics(Tensor input, Tensor c
   return convolve(input, conv_weight, s, stride, padding, dilation, groups, Device(input));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_moments(
-    Tensor input, Tensor conv_weight, OptionalTensor conv_bias, OptionalTensor weight, OptionalTensor bias,
-    OptionalTensor given_mean, OptionalTensor given_var, Ints stride, Ints padding, Ints dilation, int64_t groups,
-    LAYERWISE_FORM_PARAMETERS, bool second_moment, bool needs_y) {
-  const Form form = LAYERWISE_FORM;
+using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+ForwardResult forward(const Tensor& input, const Tensor& conv_weight, const OptionalTensor& conv_bias,
+                      const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& given_mean,
+                      const OptionalTensor& given_var, const Ints& stride, const Ints& padding, const Ints& dilation,
+                      int64_t groups, const Form& form, bool second_moment, bool needs_y) {
   check_outputs(form, needs_y);
   check_map("input", input);
   const Shape s = convolution_shape(input, conv_weight, stride, padding, dilation, groups);
@@ -203,6 +204,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_m
   const Normalization normalization(z, mean, var, weight, bias, form);
   auto [y, m1, m2, sums] = apply(z, layout, normalization, second_moment, needs_y, device);
   return {y, m1, m2, sums, mean, var, z};
+}
+
+ForwardResult conv_bn_act_moments(Tensor input, Tensor conv_weight, OptionalTensor conv_bias, OptionalTensor weight,
+                                  OptionalTensor bias, OptionalTensor given_mean, OptionalTensor given_var, Ints stride,
+                                  Ints padding, Ints dilation, int64_t groups, LAYERWISE_FORM_PARAMETERS,
+                                  bool second_moment, bool needs_y) {
+  return forward(input, conv_weight, conv_bias, weight, bias, given_mean, given_var, stride, padding, dilation, groups,
+                 LAYERWISE_FORM, second_moment, needs_y);
 }
 
 // Where cuDNN has convolution, bias and ReLU as one kernel: on tensor cores, by 16-byte accesses over the channels.
@@ -243,10 +252,9 @@ Tensor conv_bn_act_inference(Tensor input, Tensor conv_weight, OptionalTensor co
   check_normalization(input, s, weight, bias, mean, var, form);
   const bool relu = form.activation == "relu";
   // cuDNN has no other activation, and nothing behind it.
-  if ((!relu && activation != "identity") || residual.has_value() || downsample != "none")
-    return std::get<0>(conv_bn_act_moments(input, conv_weight, conv_bias, weight, bias, mean, var, stride, padding,
-                                           dilation, groups, eps, activation, negative_slope, upper_slope, slope, seed,
-                                           residual, downsample, window, ceil_mode, bins, false, true));
+  if ((!relu && form.activation != "identity") || residual.has_value() || form.downsample != "none")
+    return std::get<0>(forward(input, conv_weight, conv_bias, weight, bias, mean, var, stride, padding, dilation,
+                               groups, form, false, true));
   const Device device(input);
   const ScalarType dtype = input.scalar_type();
   const bool foldable = conv_weight.scalar_type() == dtype ||
