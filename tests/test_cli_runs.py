@@ -308,7 +308,9 @@ def test_pretraining_is_that_of_the_trainer(
     assert cli.main(["probe", str(tmp_path)]) == 0  # of what there is so far
 
 
-def test_schedule_and_weight_decay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_schedules_and_weight_decay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     rates: list[float] = []
     step = torch.optim.SGD.step
 
@@ -318,9 +320,15 @@ def test_schedule_and_weight_decay(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return step(self, *arguments, **options)
 
     monkeypatch.setattr(torch.optim.SGD, "step", keep)
-    run(tmp_path / "run", "--mode", "joint", "--optimizer", "sgd", "--weight-decay", "0.01", "--lr", "0.1",
-        "--lr-milestones", "1,3", "--lr-decay", "0.5", "--epochs", "4")  # fmt: skip
+    options = ["--mode", "joint", "--optimizer", "sgd", "--weight-decay", "0.01", "--lr", "0.1", "--epochs", "4"]
+    run(tmp_path / "steps", *options, "--lr-milestones", "1,3", "--lr-decay", "0.5")
     assert rates == pytest.approx([0.1] * 6 + [0.05] * 12 + [0.025] * 6)
+    rates.clear()
+    run(tmp_path / "cosine", *options, "--lr-schedule", "cosine")
+    assert rates[::6] == pytest.approx([0.05 * (1 + math.cos(math.pi * epoch / 4)) for epoch in range(4)])
+    options[-1] = "5"
+    message = refused(capsys, *options, "--lr-schedule", "cosine", "--resume", "--output", str(tmp_path / "cosine"))
+    assert "--epochs is 5, but the run in" in message and "has 4" in message
 
 
 def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -353,6 +361,7 @@ def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 @pytest.mark.parametrize(("options", "message"), [
     (["--lr-decay", "0.5"], "--lr-decay is for --lr-milestones; leave it out"),
     (["--pretrain-epochs", "2"], "--pretrain-epochs is for --pretrain; leave it out"),
+    (["--lr-milestones", "3", "--lr-schedule", "cosine"], "--lr-milestones is for --lr-schedule constant; leave it out"),
     (["--lr-milestones", "3,2"], "--lr-milestones is '3,2'; allowed: ascending epochs"),
     (["--lr-milestones", "0"], "--lr-milestones is '0'; ascending epochs such as 50,75,89 are allowed"),
     (["--mode", "joint", "--ensemble"], "--ensemble is for --mode local or greedy or decoupled, not joint"),

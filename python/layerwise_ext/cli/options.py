@@ -142,6 +142,8 @@ GROUPS = {
         "optimizer": Option("sgd: momentum 0.9", "adam", choices=("adam", "sgd")),
         "nesterov": Option("Nesterov's momentum, of sgd", False, bool),
         "lr": Option("learning rate", 5e-4, _positive_float),
+        "lr_schedule": Option("cosine: half a cosine from LR to 0 over EPOCHS", "constant",
+                              choices=("constant", "cosine")),
         "lr_milestones": Option("epochs behind which the learning rate is multiplied by LR_DECAY, such as 50,75,89"),
         "lr_decay": Option("default: 0.25", kind=_positive_float, metavar="FACTOR"),
         "weight_decay": Option("of all parameters, as a part of the gradient", 0.0, not_negative(float)),

@@ -64,7 +64,7 @@ class RunFolder:
         if not self.path.is_dir() or not (self.config.is_file() or (self.path / "config.json").is_file()):
             raise UsageError(f"--resume: {self.config} does not exist, so there is no run to go on with")
         saved = self.options()
-        for name in DEFINING:
+        for name in (*DEFINING, "epochs") if saved.lr_schedule == "cosine" else DEFINING:
             value, found = getattr(arguments, name), getattr(saved, name)
             if found != value:
                 raise UsageError(f"--resume: {flag(name)} is {value!r}, but the run in {self.path} has {found!r}")

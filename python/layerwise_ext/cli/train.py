@@ -109,6 +109,7 @@ def _check(arguments: argparse.Namespace) -> None:
         ("pretrain_noise", arguments.pretrain == "denoising", "--pretrain denoising"),
         ("pretrain_tied", arguments.pretrain, "--pretrain"),
         ("nesterov", arguments.optimizer == "sgd", "--optimizer sgd"),
+        ("lr_milestones", arguments.lr_schedule == "constant", "--lr-schedule constant"),
         ("lr_decay", arguments.lr_milestones, "--lr-milestones"),
     ):
         if getattr(arguments, name) != OPTIONS[name].default and not has_meaning:

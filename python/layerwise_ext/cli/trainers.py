@@ -118,8 +118,10 @@ def _optimizer(arguments: argparse.Namespace) -> OptimizerFactory:
 
 
 def _scheduler(arguments: argparse.Namespace) -> SchedulerFactory | None:
-    from torch.optim.lr_scheduler import MultiStepLR
+    from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 
+    if arguments.lr_schedule == "cosine":
+        return lambda optimizer: CosineAnnealingLR(optimizer, arguments.epochs)
     if arguments.lr_milestones is None:
         return None
     milestones = _numbers(arguments, "lr_milestones", "ascending epochs such as 50,75,89")
