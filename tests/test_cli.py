@@ -20,6 +20,9 @@ import pytest
 import torch
 from layerwise_ext import checkpoint, cli, data, demo, models
 from layerwise_ext.cli import config, trainers
+from layerwise_ext.cli import options as cli_options
+from layerwise_ext.models.resnet import STEMS
+from layerwise_ext.models.vgg import POOLS
 from PIL import Image
 
 TINY = [
@@ -266,6 +269,7 @@ def test_refusals_of_probe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_the_names_are_those_of_the_package() -> None:
     assert cli.HEADS == models.HEADS
     assert cli.DATA == data.NAMES
+    assert cli_options.STEMS == STEMS and cli_options.POOLS == POOLS
 
 
 def test_augmentation_and_classes_per_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

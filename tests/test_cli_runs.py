@@ -358,10 +358,24 @@ def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(("options", "kernels"), [
+    (["--kernel-size", "5", "--pool", "space_to_depth"], [(4, 1, 5, 5), (4, 16, 5, 5), (1024, 4, 4, 4)]),
+    (["--model", "resnet20", "--stem", "imagenet", "--downsampling", "8"], [(16, 1, 7, 7), (16, 16, 3, 3)]),
+])  # fmt: skip
+def test_geometry(tmp_path: Path, options: list[str], kernels: list[tuple[int, ...]]) -> None:
+    folder = run(tmp_path / "run", *options, "--epochs", "1", "--mode", "joint")
+    state, _ = checkpoint.load_weights(folder / "last.safetensors")
+    found = [tuple(value.shape) for name, value in state.items() if name.endswith("conv.weight")]
+    assert set(kernels) <= set(found)
+
+
 @pytest.mark.parametrize(("options", "message"), [
     (["--lr-decay", "0.5"], "--lr-decay is for --lr-milestones; leave it out"),
     (["--pretrain-epochs", "2"], "--pretrain-epochs is for --pretrain; leave it out"),
-    (["--lr-milestones", "3", "--lr-schedule", "cosine"], "--lr-milestones is for --lr-schedule constant; leave it out"),
+    (["--lr-milestones", "3", "--lr-schedule", "cosine"], "--lr-milestones is for --lr-schedule constant"),
+    (["--kernel-size", "4"], "kernel_size is 4; allowed: odd numbers"),
+    (["--stem", "imagenet"], "--stem is imagenet, but --model 4,M,4 has none; leave it out"),
+    (["--model", "resnet20", "--pool", "avg"], "--pool is avg, but --model resnet20 has none; leave it out"),
     (["--lr-milestones", "3,2"], "--lr-milestones is '3,2'; allowed: ascending epochs"),
     (["--lr-milestones", "0"], "--lr-milestones is '0'; ascending epochs such as 50,75,89 are allowed"),
     (["--mode", "joint", "--ensemble"], "--ensemble is for --mode local or greedy or decoupled, not joint"),

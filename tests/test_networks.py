@@ -147,6 +147,17 @@ def test_plain_networks() -> None:
     assert model(torch.rand(2, 1, 16, 16)).shape == (2, 10)
 
 
+def test_kernel_sizes() -> None:
+    model = vgg([4, 6], kernel_size=7, in_channels=1, image_size=(65, 65), hidden=None, num_classes=3, seed=0)
+    geometry = [(stage.body.conv.kernel_size, stage.body.conv.stride) for stage in model]
+    assert geometry == [((7, 7), (2, 2)), ((7, 7), (1, 1))]  # the first one as for every large image
+    model = cnn(3, 4, kernel_size=1, in_channels=1, image_size=(8, 8), num_classes=3, seed=0)
+    assert all(stage.body.conv.kernel_size == (1, 1) for stage in model)
+    assert model(torch.rand(2, 1, 8, 8)).shape == (2, 3)
+    with pytest.raises(ValueError, match="kernel_size is 2; allowed: odd numbers"):
+        vgg([4], kernel_size=2)
+
+
 def test_several_fully_connected_stages() -> None:
     model = vgg([8, "M"], in_channels=1, image_size=(8, 8), hidden=(12, 6), num_classes=3, seed=0)
     assert [tuple(stage.body.conv.weight.shape) for stage in model] == [(8, 1, 3, 3), (12, 8, 4, 4), (6, 12, 1, 1)]

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from layerwise_ext.cli.common import UsageError
+from layerwise_ext.cli.options import OPTIONS, flag
 
 if TYPE_CHECKING:
     import torch
@@ -86,10 +87,18 @@ def network(arguments: argparse.Namespace, info: Info, normalization: Normalizat
         "seed": arguments.seed,
     }
     name: str = arguments.model
+    is_resnet = name in models.RESNET_CONFIGS
+    for option in ("kernel_size", "pool") if is_resnet else ("stem",):
+        value = getattr(arguments, option)
+        if value != OPTIONS[option].default:
+            raise ValueError(f"{flag(option)} is {value}, but --model {name} has none; leave it out")
+    if is_resnet:
+        return {"function": "resnet", "config": name, "stem": arguments.stem, **options}
+    options["kernel_size"] = arguments.kernel_size
+    if arguments.pool is not None:
+        options["pool"] = arguments.pool
     if name == "cnn":
         return {"function": "cnn", **options}
-    if name in models.RESNET_CONFIGS:
-        return {"function": "resnet", "config": name, **options}
     if "," in name or name.isdigit():
         try:
             widths = [item if item == "M" else int(item) for item in name.split(",")]

@@ -29,6 +29,9 @@ DATA = (
 )
 # Digits have 8x8 pixels, too few for the pools of vgg8b.
 MODEL, SMALL_MODEL = "vgg8b", "32,64,M,64,128"
+# Of models.resnet and models.vgg, which are not imported for --help.
+STEMS = ("cifar", "imagenet")
+POOLS = ("max", "avg", "stride", "space_to_depth")
 # Of ConvBNReLU2d, which is not imported for --help.
 ACTIVATIONS = (
     "relu", "leaky_relu", "prelu", "rrelu", "relu6", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh", "hardswish"
@@ -95,8 +98,12 @@ GROUPS = {
             "vgg8b, vgg11b, vgg11 to vgg19, resnet18 to resnet152, resnet20 to resnet110, cnn, or widths and pools "
             f"such as 32,M,64,M; default: vgg8b, of digits {SMALL_MODEL}"),
         "width_multiplier": Option("scales the widths", 1.0, _positive_float),
+        "kernel_size": Option("of the convolutions, odd; not of resnet", 3, _positive_int, metavar="N"),
+        "stem": Option("of resnet: cifar, one 3x3 convolution, or imagenet, a quarter of the resolution", "cifar",
+                       choices=STEMS),
         "downsampling": Option("where the resolution halves: standard, accelerated, or units such as 1,3,4,5",
                                "standard"),
+        "pool": Option("how it does, but in resnet; default: max, of cnn space_to_depth", choices=POOLS),
         "activation": Option("leaky_relu is usual for similarity matching", "relu", choices=ACTIVATIONS),
         "dropout": Option("share of the channels between stages that are zero in a step", 0.0, float, metavar="SHARE"),
         "init": Option("initial weights: as usual, or from BATCH_SIZE images", "default", choices=INITS),

@@ -38,6 +38,7 @@ def vgg(
     num_classes: int = 10,
     image_size: tuple[int, int] = (32, 32),
     width_multiplier: float = 1.0,
+    kernel_size: int = 3,
     downsampling: Schedule = "standard",
     pool: str = "max",
     hidden: int | Sequence[int] | None = 1024,
@@ -56,10 +57,10 @@ def vgg(
 ) -> StagedModel:
     """A VGG network, one stage per convolution, then one per fully connected layer; the last one's head is the output.
 
-    All convolutions are 3x3 with bias and padding 1; the first is 7x7 with stride 2 for images above 64. A pool is the
-    ``downsample`` of the stage before it, whose local loss sees the map before pooling. The first fully connected layer
-    is a convolution whose kernel covers the whole remaining map: the same function and the same number of parameters.
-    Its local loss and the network's output are one and the same head. Classifiers start from zero weights.
+    All convolutions have a bias and keep the size of the map; the first is 7x7 with stride 2 for images above 64. A
+    pool is the ``downsample`` of the stage before it, whose local loss sees the map before pooling. The first fully
+    connected layer is a convolution whose kernel covers the whole remaining map: the same function and the same number
+    of parameters. Its local loss and the network's output are one and the same head. Classifiers start from zero weights.
 
     Args:
         config: ``'vgg8b'``, ``'vgg11b'`` (Nokland & Eidnes 2019, arXiv 1901.06656), ``'vgg11'``, ``'vgg13'``,
@@ -67,6 +68,8 @@ def vgg(
             output channels and ``'M'``, such as ``[32, 'M', 64]``.
         in_channels, num_classes, image_size: of the data; ``image_size`` is ``(H, W)``.
         width_multiplier: scales every layer's channels, fully connected ones as well (rounded, at least 1).
+        kernel_size: of the convolutions, odd; the papers' is 3. With the width it is how much convolution a local loss
+            has below it.
         downsampling: where the resolution halves: ``'standard'``, as the config says; ``'accelerated'``, each time one
             layer earlier; or the layers, numbered from 0, that work at half the resolution of the one before
             (:mod:`layerwise_ext.models.schedule`). vgg8b has ``[2, 4, 5, 6]``, accelerated ``[1, 3, 4, 5]``.
@@ -106,8 +109,8 @@ def vgg(
         seed: initialise from this seed, leaving torch's global generator untouched; None uses the global generator.
 
     Raises:
-        ValueError: an unknown ``config``, ``downsampling``, ``pool``, ``head`` or ``activation``; ``dropout`` outside
-            [0, 1); an image too small for the pools.
+        ValueError: an unknown ``config``, ``downsampling``, ``pool``, ``head`` or ``activation``; an even
+            ``kernel_size``; ``dropout`` outside [0, 1); an image too small for the pools.
     """
     widths, standard = _parse(config)
     fully_connected = [] if hidden is None else [hidden] if isinstance(hidden, int) else list(hidden)
@@ -119,15 +122,18 @@ def vgg(
     build.check_activation(activation)
     if pool not in POOLS:
         raise ValueError(f"pool is {pool!r}; allowed: {', '.join(map(repr, POOLS))}")
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size is {kernel_size}; allowed: odd numbers, which keep the size of the map")
     halved = positions(downsampling, standard, one_earlier(standard), count)
     _check_pools(len(halved), image_size)
 
-    first_kernel = 7 if max(image_size) > _LARGE_IMAGE else 3
     units: list[build.Unit] = []
     for index, width in enumerate([*widths, *fully_connected]):
         # The first fully connected layer covers the whole map, those behind it are 1x1.
-        kernel_size = None if index >= len(widths) else first_kernel if index == 0 else 3
-        body = _Body(build.channels(width, width_multiplier), kernel_size, activation, fused,
+        geometry = None if index >= len(widths) else (kernel_size, 1)
+        if index == 0 and max(image_size) > _LARGE_IMAGE:
+            geometry = (7, 2)
+        body = _Body(build.channels(width, width_multiplier), geometry, activation, fused,
                      pool if index == 0 and 0 in halved else None)  # fmt: skip
         units.append(build.Unit(body, (pool, 2) if index + 1 in halved else None))
     return build.staged(
@@ -178,9 +184,11 @@ def cnn(
 class _Body:
     """Convolution + batch norm + activation for inputs of a shape."""
 
-    def __init__(self, channels: int, kernel_size: int | None, activation: str, fused: bool, pool: str | None) -> None:
+    def __init__(
+        self, channels: int, geometry: tuple[int, int] | None, activation: str, fused: bool, pool: str | None
+    ) -> None:
         self.channels = channels
-        self.kernel_size = kernel_size
+        self.geometry = geometry  # kernel size and stride; None covers the whole map
         self.activation = activation
         self.fused = fused
         self.pool = pool  # of the image
@@ -191,11 +199,11 @@ class _Body:
         if self.pool is not None:
             first["pool"] = AcceleratedDownsample2d(self.pool, 2)
             in_channels *= 4 if self.pool == "space_to_depth" else 1
-        if self.kernel_size is None:
+        if self.geometry is None:
             geometry: tuple[tuple[int, int], int, int] = ((height, width), 1, 0)
         else:
-            kernel_size = (self.kernel_size, self.kernel_size)
-            geometry = (kernel_size, 2 if self.kernel_size == 7 else 1, self.kernel_size // 2)
+            kernel_size, stride = self.geometry
+            geometry = ((kernel_size, kernel_size), stride, kernel_size // 2)
         layer = ConvBNReLU2d(in_channels, self.channels, *geometry, bias=True, activation=self.activation)
         block = layer if self.fused else plain(layer)
         return nn.Sequential(OrderedDict(**first, block=block)) if first else block
