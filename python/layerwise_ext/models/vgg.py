@@ -60,7 +60,8 @@ def vgg(
     All convolutions have a bias and keep the size of the map; the first is 7x7 with stride 2 for images above 64. A
     pool is the ``downsample`` of the stage before it, whose local loss sees the map before pooling. The first fully
     connected layer is a convolution whose kernel covers the whole remaining map: the same function and the same number
-    of parameters. Its local loss and the network's output are one and the same head. Classifiers start from zero weights.
+    of parameters. Its local loss and the network's output are one and the same head. Classifiers start from zero
+    weights.
 
     Args:
         config: ``'vgg8b'``, ``'vgg11b'`` (Nokland & Eidnes 2019, arXiv 1901.06656), ``'vgg11'``, ``'vgg13'``,

@@ -18,7 +18,7 @@ from layerwise_ext.nn import PredSimHead
 from layerwise_ext.studies import scaling_figures, scaling_results
 from layerwise_ext.studies.convolution_losses import on_every_convolution
 from layerwise_ext.studies.measure import Step, TrainerStep
-from layerwise_ext.studies.scaling_results import ARMS, ASKED
+from layerwise_ext.studies.scaling_results import ARMS, CHECKPOINTED, MEASURED
 from layerwise_ext.studies.study import Cell, Figure, Finding, Results, Study, Table, Task
 from layerwise_ext.studies.words import augmentation
 
@@ -48,8 +48,8 @@ class Scaling(Study):
 
     def cells(self, task: Task) -> list[Cell]:
         if task.quick:
-            return [_cell(task, arm, blocks) for blocks in BLOCKS[:2] for arm in ASKED]
-        cells = [_cell(task, arm, blocks) for blocks in BLOCKS for arm in ARMS]
+            return [_cell(task, arm, blocks) for blocks in BLOCKS[:2] for arm in MEASURED]
+        cells = [_cell(task, arm, blocks) for blocks in BLOCKS for arm in (*ARMS, CHECKPOINTED)]
         cells += [_cell(task, "local-pred", blocks) for blocks in (BLOCKS[0], BLOCKS[-1])]
         return cells + [_cell(task, "local", BLOCKS[INTENSITY_DEPTH], count) for count in INTENSITIES]
 
@@ -78,7 +78,7 @@ class Scaling(Study):
         }
 
     def step(self, task: Task, cell: Cell) -> Step | None:
-        if cell.options["convolutions"] != 2 or cell.options["arm"] not in ASKED:
+        if cell.options["convolutions"] != 2 or cell.options["arm"] not in MEASURED:
             return None
         images, target = next(iter(task.loader(self.step_batch(task), 0)))
         return TrainerStep(_trainer(task, cell, network(task, cell, 0), 0, 1), images, target)
@@ -93,7 +93,8 @@ class Scaling(Study):
             f"many basic blocks, {_width(task)} to {_width(task) * 2 ** (groups - 1)} channels, strides of 2 from the "
             "second group on (arXiv 2010.08038 had four groups of 64 to 512 channels; here three for images below "
             f"{SMALL_IMAGE} pixels)",
-            "joint": "backpropagation from the output; ReLU",
+            "joint": "backpropagation from the output; ReLU; checkpointed: only the inputs of stages are kept, and "
+            "what is inside is computed again",
             "local": "a loss for the stem and for each block, no gradient across (arXiv 1901.06656): predsim here from "
             f"the moments of the map, with beta {BETA} and leaky ReLU; where it says pred, its classifier alone with "
             "ReLU",
@@ -136,12 +137,12 @@ def _width(task: Task) -> int:
 
 def _cell(task: Task, arm: str, blocks: int, convolutions: int = 2) -> Cell:
     depth = 2 * blocks * _groups(task) + 2
-    method, downsampling = ARMS.get(arm, ("local", "standard"))
+    method, downsampling = ARMS["joint"] if arm == CHECKPOINTED else ARMS.get(arm, ("local", "standard"))
     head = "pooled_linear" if arm == "local-pred" or method == "joint" else "predsim"
     name = f"{arm}-{depth}" if convolutions == 2 else f"{arm}-{depth}-every{convolutions}"
     options = {"arm": arm, "depth": depth, "blocks": blocks, "method": method, "downsampling": downsampling,
                "head": head, "convolutions": convolutions}  # fmt: skip
-    return Cell(name, options)
+    return Cell(name, options, trained=arm != CHECKPOINTED)
 
 
 def network(task: Task, cell: Cell, seed: int) -> models.StagedModel:
@@ -180,7 +181,7 @@ def _trainer(task: Task, cell: Cell, model: models.StagedModel, seed: int, epoch
         "progress": False,
     }
     if cell.options["method"] == "joint":
-        return train.JointTrainer(model, _adam, **settings)
+        return train.JointTrainer(model, _adam, checkpointing=cell.options["arm"] == CHECKPOINTED, **settings)
     return train.LocalTrainer(model, _adam, blocks=_sizes(cell, len(model)), **settings)
 
 

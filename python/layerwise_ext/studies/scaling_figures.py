@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from layerwise_ext.studies import plots
-from layerwise_ext.studies.scaling_results import ASKED, NAMES, at_depth, depths_of, intensities, joint_of, of_arm
+from layerwise_ext.studies.scaling_results import (
+    CHECKPOINTED,
+    MEASURED,
+    NAMES,
+    at_depth,
+    depths_of,
+    intensities,
+    joint_of,
+    of_arm,
+)
 from layerwise_ext.studies.study import Figure, Results
 
 if TYPE_CHECKING:
@@ -74,8 +83,8 @@ def _probe_ends(results: Results, depth: int) -> str:
 
 def _cost_ends(results: Results, depth: int) -> list[str]:
     ends = []
-    for arm, cell in at_depth(results, depth):
-        measured = results.measured.get(cell.name, {})
+    for cell in results.select(depth=depth, convolutions=2):
+        arm, measured = cell.options["arm"], results.measured.get(cell.name, {})
         if "step_ms" in measured:
             peak = f", {measured['peak_mib']:.0f} MiB" if "peak_mib" in measured else ""
             ends.append(f"{NAMES[arm]} {measured['step_ms']:.3g} ms{peak}")
@@ -84,13 +93,13 @@ def _cost_ends(results: Results, depth: int) -> list[str]:
 
 def _number(arm: str) -> int:
     """Of the style of its lines: dashed where downsampling is accelerated."""
-    number = {"joint": 0, "local": 1, "local-pred": 2}[arm.removesuffix("-accelerated")]
+    number = {"joint": 0, "local": 1, "local-pred": 2, CHECKPOINTED: 3}[arm.removesuffix("-accelerated")]
     return number + len(plots.COLOURS) * arm.endswith("-accelerated")
 
 
 def _draw_accuracy(results: Results, figure: MatplotlibFigure) -> None:
     axis = figure.subplots()
-    for arm in dict.fromkeys(cell.options["arm"] for cell in results.cells):
+    for arm in dict.fromkeys(cell.options["arm"] for cell in results.cells if cell.trained):
         cells = of_arm(results, arm)
         depths = [cell.options["depth"] for cell in cells]
         summaries = [results.summary(cell, "accuracy") for cell in cells]
@@ -137,7 +146,7 @@ def _draw_stages(axis: Axes, results: Results, depth: int, key: str, scale: floa
 def _draw_cost(results: Results, figure: MatplotlibFigure) -> None:
     axes = figure.subplots(1, 2)
     for axis, key, name in zip(axes, ("step_ms", "peak_mib"), ("time, ms", "peak memory, MiB"), strict=True):
-        for arm in ASKED:
+        for arm in MEASURED:
             cells = [cell for cell in of_arm(results, arm) if key in results.measured.get(cell.name, {})]
             values = [results.measured[cell.name][key] for cell in cells]
             depths = [cell.options["depth"] for cell in cells]

@@ -14,8 +14,13 @@ ARMS = {
 }
 # Those that the question is about; the other one is a control.
 ASKED = ("joint", "local", "local-accelerated")
+# The other way to train a deep network in little memory; its accuracy is that of joint training.
+CHECKPOINTED = "joint-checkpointed"
+# Of which a step is measured.
+MEASURED = (*ASKED, CHECKPOINTED)
 NAMES = {
     "joint": "joint",
+    CHECKPOINTED: "joint, checkpointed",
     "local": "local",
     "local-accelerated": "local, accelerated",
     "joint-accelerated": "joint, accelerated",
@@ -23,6 +28,7 @@ NAMES = {
 }
 PHRASES = {
     "joint": "joint training",
+    CHECKPOINTED: "checkpointed joint training",
     "local": "local training",
     "local-accelerated": "local training with accelerated downsampling",
     "joint-accelerated": "joint training with accelerated downsampling",
@@ -36,6 +42,10 @@ def table(results: Results) -> Table:
     rows = []
     for cell in results.cells:
         measured = results.measured.get(cell.name, {})
+        steps = [f"{measured[key]:.1f}" if key in measured else "" for key in ("step_ms", "peak_mib")]
+        if not cell.trained:
+            rows.append([_label(cell), "as joint", *[""] * 5, *steps])
+            continue
         behind = ""
         if cell.options["arm"] != "joint":
             behind = _paired(results, joint_of(results, cell), cell).text(100)
@@ -47,8 +57,7 @@ def table(results: Results) -> Table:
             results.summary(cell, "last_probe").text(100),
             f"{results.values(cell, 'multiply_adds')[0] / 1e6:.1f}",
             f"{results.values(cell, 'kept_mib')[0]:.1f}",
-            f"{measured['step_ms']:.1f}" if "step_ms" in measured else "",
-            f"{measured['peak_mib']:.1f}" if "peak_mib" in measured else "",
+            *steps,
         ])  # fmt: skip
     caption = (
         "Means over seeds ± half of the spread. Behind joint: behind joint training of the standard network of the "
@@ -79,7 +88,8 @@ def findings(results: Results) -> list[Finding]:
         what = "accuracy of linear probes behind the first third of the stages"
         found.append(compare(results, at[pair[0]], at[pair[1]], "shallow_probe", names=names(*pair), what=what))
     found += _intensity(results)
-    for pair in pairs:
+    (at[CHECKPOINTED],) = results.select(arm=CHECKPOINTED, depth=deepest)
+    for pair in [(CHECKPOINTED, "joint"), ("local", "joint"), ("local", CHECKPOINTED), ("local-accelerated", "local")]:
         found += compare_steps(results, at[pair[0]], at[pair[1]], names=names(*pair))
     return found
 
@@ -89,8 +99,8 @@ def depths_of(results: Results) -> list[int]:
 
 
 def at_depth(results: Results, depth: int) -> list[tuple[str, Cell]]:
-    """Arms and cells of a depth, without those of other convolutions to a loss."""
-    return [(cell.options["arm"], cell) for cell in results.select(depth=depth, convolutions=2)]
+    """Arms and cells of a depth that were trained, without those of other convolutions to a loss."""
+    return [(cell.options["arm"], cell) for cell in results.select(depth=depth, convolutions=2) if cell.trained]
 
 
 def of_arm(results: Results, arm: str) -> list[Cell]:
