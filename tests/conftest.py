@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 # Graphs that another build of the package left on disk call its operators as they were then.
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import backends
 import pytest
 from fuse_cases import Counter
 from layerwise_ext import _C, functional
 
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+# What is installed from a source archive has no benchmarks beside its tests.
+collect_ignore_glob = [] if BENCHMARKS.is_dir() else ["test_benchmark*"]
 AVX512 = [name for name in _C.cpu_capabilities() if name.startswith("avx512")]
 
 
