@@ -381,6 +381,8 @@ def test_split_a_network_of_linear_layers(head: str) -> None:
     losses = torch.tensor([trainer.step(x, target).loss.tolist() for _ in range(60)])
     assert bool((losses[-1] < losses[0]).all())
     assert summary(stages, (3, 4, 4)).stages[1].output == (6, 1, 1)
+    costs = summary(list(stages)[1:], (12,)).stages[0]
+    assert (costs.input, costs.elements, costs.multiply_adds) == ((12, 1, 1), 6, 72)
 
 
 def test_split_leaves_no_trace() -> None:

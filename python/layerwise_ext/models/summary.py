@@ -91,7 +91,7 @@ class Summary:
         return "\n".join([*lines, "", *_table(rows, left=3)])
 
 
-def summary(model: StagedModel | Sequence[LocalStage], input_size: tuple[int, int, int]) -> Summary:
+def summary(model: StagedModel | Sequence[LocalStage], input_size: Sequence[int]) -> Summary:
     """Resolution, parameters, memory and operations of a network for inputs ``[N, *input_size]``.
 
     Nothing is computed: the model runs on tensors without data. Operations are counted by
@@ -101,13 +101,13 @@ def summary(model: StagedModel | Sequence[LocalStage], input_size: tuple[int, in
 
     Args:
         model: the network, or its stages.
-        input_size: ``(C, H, W)`` of an image.
+        input_size: ``(C, H, W)`` of an image, or ``(D,)`` of a vector.
 
     Raises:
-        ValueError: ``input_size`` is not three positive numbers.
+        ValueError: ``input_size`` is neither three positive numbers nor one.
     """
-    if len(input_size) != 3 or min(input_size) < 1:
-        raise ValueError(f"input_size is {tuple(input_size)}; allowed: three positive numbers (C, H, W)")
+    if len(input_size) not in (1, 3) or min(input_size) < 1:
+        raise ValueError(f"input_size is {tuple(input_size)}; allowed: positive numbers, (C, H, W) or (D,)")
     layers: list[LayerCost] = []
     stages: list[StageCost] = []
     every = nn.ModuleList(model)

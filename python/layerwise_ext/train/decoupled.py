@@ -318,10 +318,9 @@ def _partition(stages: int, workers: int | None, partition: Sequence[int] | None
 
 
 def _balanced(stages: Sequence[LocalStage], image: Sequence[int], workers: int) -> tuple[int, ...]:
-    """Numbers of stages with which the slowest worker computes least, for images of shape ``image (C, H, W)``."""
+    """Numbers of stages with which the slowest worker computes least, for inputs of shape ``image (C, H, W)`` or ``(D,)``."""
     try:
-        channels, height, width = image
-        costs = summary(stages, (channels, height, width)).local_multiply_adds()
+        costs = summary(stages, image).local_multiply_adds()
     except Exception as error:  # whatever somebody's module says to tensors without data
         logger.warning("the operations of the stages cannot be counted, so workers get as many stages each: %s", error)
         return _partition(len(stages), workers, None)
