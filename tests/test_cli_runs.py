@@ -194,6 +194,7 @@ class Killed(BaseException):
     ["--mode", "local", "--ema-decay", "0.9", "--lr", "0.05", "--epochs", "2"],
     ["--mode", "greedy", "--patience", "1", "--lr", "0.5", "--epochs", "1"],
     ["--mode", "joint", "--pretrain", "denoising", "--pretrain-epochs", "1", "--validation", "0.25", "--epochs", "1"],
+    ["--mode", "joint", "--pretrain", "autoencoder", "--pretrain-on", "all", "--pretrain-epochs", "1", "--epochs", "1"],
 ])  # fmt: skip
 def test_a_kill_at_any_write_changes_nothing(
     tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -283,21 +284,26 @@ def test_a_folder_with_other_files_is_no_run(tmp_path: Path, capsys: pytest.Capt
 # -- Methods -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "noise"), [("autoencoder", 0.0), ("denoising", 0.2)])
+@pytest.mark.parametrize(
+    ("kind", "noise", "on"), [("autoencoder", 0.0, "train"), ("denoising", 0.2, "train"), ("denoising", 0.2, "all")]
+)
 def test_pretraining_is_that_of_the_trainer(
-    tmp_path: Path, kind: str, noise: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    tmp_path: Path, kind: str, noise: float, on: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train.LocalTrainer, "fit", interrupt)
     options = ["--pretrain", kind, "--pretrain-epochs", "2", "--lr", "0.01", "--output", str(tmp_path)]
-    assert cli.main([*TINY, *options]) == cli.INTERRUPTED
+    assert cli.main([*TINY, *options, "--pretrain-on", on]) == cli.INTERRUPTED
     assert "interrupted after epoch 6 of pretraining; go on" in capsys.readouterr().err
     assert [row["stage"] for row in rows(tmp_path / "pretraining.csv")] == ["0", "0", "1", "1", "2", "2"]
-    split = first(data.load("digits"), 200)
+    whole = data.load("digits")
+    split = first(whole, 200)
     normalization = data.Normalization.of(split.images)
-    loader = data.MemoryLoader(split, 32, normalization, shuffle=True, drop_last=True, seed=0)
+    unlabelled = whole if on == "all" else split
+    loader = data.MemoryLoader(unlabelled, 32, normalization, shuffle=True, drop_last=True, seed=0)
     model = models.vgg([4, "M", 4], in_channels=1, image_size=(8, 8), seed=0)
     torch.manual_seed(0)
     adam = lambda parameters: torch.optim.Adam(parameters, lr=0.01)  # noqa: E731
@@ -384,6 +390,8 @@ def test_geometry(tmp_path: Path, options: list[str], kernels: list[tuple[int, .
     (["--beta", "0.5", "--head", "similarity"], "--beta is for --head predsim and predsim_projected; leave it out"),
     (["--nesterov"], "--nesterov is for --optimizer sgd; leave it out"),
     (["--pretrain", "autoencoder", "--pretrain-noise", "0.1"], "--pretrain-noise is for --pretrain denoising"),
+    (["--pretrain-on", "all"], "--pretrain-on is for --pretrain; leave it out"),
+    (["--pretrain", "autoencoder", "--pretrain-on", "extra"], "--pretrain-on is extra; of digits allowed: train, all"),
     (["--pretrain-tied"], "--pretrain-tied is for --pretrain; leave it out"),
     (["--no-cache"], "--cache is for --mode greedy, not local"),
     (["--mode", "greedy", "--no-cache", "--cache-limit", "5"], "--cache-limit is for --cache; leave it out"),

@@ -45,6 +45,21 @@ def load_images(arguments: argparse.Namespace) -> Images:
     return Images(*data.hold_out(train, arguments.validation, seed=arguments.seed), test)
 
 
+def pretraining_images(arguments: argparse.Namespace, info: Info) -> Split:
+    """Of --pretrain-on, where it is not 'train'.
+
+    Raises:
+        DataError, ValueError: files that are missing or damaged, a split that the data set does not have.
+    """
+    from layerwise_ext import data
+
+    split = "train" if arguments.pretrain_on == "all" else arguments.pretrain_on
+    if split not in info.splits:
+        allowed = ", ".join(["train", "all", *(name for name in info.splits if name not in ("train", "test"))])
+        raise ValueError(f"--pretrain-on is {split}; of {arguments.data} allowed: {allowed}")
+    return data.load(arguments.data, arguments.data_dir, split, image_size=arguments.image_size)
+
+
 def first(split: Split, count: int | None) -> Split:
     return split if count is None else type(split)(*(part[:count] for part in split))
 

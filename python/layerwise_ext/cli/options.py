@@ -139,6 +139,10 @@ GROUPS = {
                               kind=_positive_int, metavar="MIB", modes=("greedy",), defines=False),
         "pretrain": Option("before training, without labels: each layer as an autoencoder of the one before; denoising "
                            "with a part of its inputs set to zero", choices=PRETRAININGS),
+        "pretrain_on": Option(
+            "images for it: those of training, all training images of the data set, whatever --limit-train and "
+            "--validation leave out, or another split, unlabeled of stl10 or extra of svhn", "train",
+            choices=("train", "all", "unlabeled", "extra")),
         "pretrain_noise": Option("share that is set to zero; default: 0.2", kind=_positive_float, metavar="SHARE"),
         "pretrain_tied": Option("decode with the layer's own weights", False, bool),
         "pretrain_epochs": Option("of each layer; default: 10", kind=_positive_int, metavar="N"),

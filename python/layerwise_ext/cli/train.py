@@ -50,16 +50,23 @@ def run(arguments: argparse.Namespace) -> int:
         info = data.info(arguments.data, arguments.data_dir, image_size=arguments.image_size)
         images = experiment.load_images(arguments)
         normalization = data.Normalization.of(images.train.images)
+        settings: dict[str, Any] = {
+            "shuffle": True,
+            "drop_last": True,
+            "augment": experiment.augmentation(arguments, info, normalization),
+            "seed": arguments.seed,
+        }
         loader = data.MemoryLoader(
             images.train,
             arguments.batch_size,
             normalization,
-            shuffle=True,
-            drop_last=True,
-            augment=experiment.augmentation(arguments, info, normalization),
             classes_per_batch=arguments.classes_per_batch,
-            seed=arguments.seed,
+            **settings,
         )
+        unlabelled = loader
+        if arguments.pretrain_on != "train":
+            more = experiment.pretraining_images(arguments, info)
+            unlabelled = data.MemoryLoader(more, arguments.batch_size, normalization, **settings)
         test_loader, val_loader = (
             None if split is None else data.MemoryLoader(split, min(512, len(split.labels)), normalization)
             for split in (images.test, images.validation)
@@ -82,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
     trainer = trainers.trainer_of(arguments, model, group)
     texts = run_folder.metadata(arguments, network)
     keeper = Keeper(folder, trainer, val_loader or test_loader, table, texts)
-    status = _fit(arguments, keeper, trainers.pretrainer_of(arguments, model, group), loader, batches)
+    status = _fit(arguments, keeper, trainers.pretrainer_of(arguments, model, group), unlabelled, batches)
     if status == OK and processes.is_first():
         _test(arguments, keeper, test_loader)
     return status
@@ -106,6 +113,7 @@ def _check(arguments: argparse.Namespace) -> None:
         ("cache_dir", arguments.cache, "--cache"),
         ("cache_limit", arguments.cache, "--cache"),
         ("pretrain_epochs", arguments.pretrain, "--pretrain"),
+        ("pretrain_on", arguments.pretrain, "--pretrain"),
         ("pretrain_noise", arguments.pretrain == "denoising", "--pretrain denoising"),
         ("pretrain_tied", arguments.pretrain, "--pretrain"),
         ("nesterov", arguments.optimizer == "sgd", "--optimizer sgd"),
@@ -124,10 +132,10 @@ def _fit(
     arguments: argparse.Namespace,
     keeper: Keeper,
     pretrainer: AutoencoderPretrainer | None,
-    loader: MemoryLoader,
+    unlabelled: MemoryLoader,
     batches: Batches,
 ) -> int:
-    """Pretraining, then training, or what is left of them; ``batches`` are what the trainer makes of ``loader``."""
+    """Pretraining on ``unlabelled``, then training on ``batches``, or what is left of them."""
     from layerwise_ext._replicas import LinkError
     from layerwise_ext.train import TensorBoardLogger
 
@@ -147,7 +155,7 @@ def _fit(
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         if pretrainer is not None:
-            _pretrain(arguments, folder, pretrainer, loader)
+            _pretrain(arguments, folder, pretrainer, unlabelled)
         callbacks = [TensorBoardLogger(folder.tensorboard)] if arguments.tensorboard else []
         trainer.fit(batches, arguments.epochs, keeper.loader, on_epoch_end, callbacks)
     except KeyboardInterrupt:

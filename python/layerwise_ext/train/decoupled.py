@@ -318,7 +318,7 @@ def _partition(stages: int, workers: int | None, partition: Sequence[int] | None
 
 
 def _balanced(stages: Sequence[LocalStage], image: Sequence[int], workers: int) -> tuple[int, ...]:
-    """Numbers of stages with which the slowest worker computes least, for inputs of shape ``image (C, H, W)`` or ``(D,)``."""
+    """Numbers of stages with which the slowest worker computes least, for inputs ``(C, H, W)`` or ``(D,)``."""
     try:
         costs = summary(stages, image).local_multiply_adds()
     except Exception as error:  # whatever somebody's module says to tensors without data
