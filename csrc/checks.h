@@ -50,9 +50,9 @@ struct Form {
   bool ceil_mode;
   Ints bins;  // empty: no moments
 };
-// As std::string a string argument would leak: torch's conversion (2.11 to 2.13 at least) returns a copy of one that it
-// never deletes.  Such 32 bytes of each call are not only lost: as glibc before 2.38 cannot put an aligned block into a
-// hole of exactly its size, one that is pinned by them is never used again, and memory grows by a map at each step.
+// Not std::string: torch's conversion to it (2.11 to 2.13 at least) copies from a string that it never deletes.  These 32
+// bytes of each call also keep the blocks beside them from being used again, as glibc before 2.38 cannot put an aligned
+// block into a hole of exactly its size: memory grew by a map at each training step.
 #define LAYERWISE_FORM_PARAMETERS                                                                       \
   double eps, StringHandle activation, double negative_slope, double upper_slope, OptionalTensor slope, \
       OptionalTensor seed, OptionalTensor residual, StringHandle downsample, Ints window, bool ceil_mode, Ints bins
