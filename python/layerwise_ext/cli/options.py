@@ -103,7 +103,7 @@ GROUPS = {
                        choices=STEMS),
         "downsampling": Option("where the resolution halves: standard, accelerated, or units such as 1,3,4,5",
                                "standard"),
-        "pool": Option("how it does, but in resnet; default: max, of cnn space_to_depth", choices=POOLS),
+        "pool": Option("how it halves, but in resnet; default: max, of cnn space_to_depth", choices=POOLS),
         "activation": Option("leaky_relu is usual for similarity matching", "relu", choices=ACTIVATIONS),
         "dropout": Option("share of the channels between stages that are zero in a step", 0.0, float, metavar="SHARE"),
         "init": Option("initial weights: as usual, or from BATCH_SIZE images", "default", choices=INITS),
