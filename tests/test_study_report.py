@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,14 +41,16 @@ def test_the_report_is_one_file_that_loads_nothing(tmp_path: Path) -> None:
     assert "prefers-color-scheme: dark" in html and 'name="viewport"' in html and "overflow-x: auto" in html
 
 
-def test_machines_are_those_that_something_ran_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def machines(name: str, **options: Any) -> list[str]:
+def test_machines_are_those_that_finished_something(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def machines(name: str, fail_at: int | None = None, **options: Any) -> list[str]:
         monkeypatch.setattr(runner, "machine", lambda task: {"machine": name})
-        run(Toy(), tmp_path, **options)
+        with nullcontext() if fail_at is None else pytest.raises(KeyboardInterrupt):
+            run(Toy(fail_at), tmp_path, **options)
         return [facts["machine"] for facts in json.loads((tmp_path / "study.json").read_text())["machines"]]
 
     assert machines("first", seeds=1) == ["first"]
     assert machines("that writes the report again") == ["first"]
+    assert machines("that is stopped in its first run", fail_at=0, seeds=2) == ["first"]
     assert machines("of another seed", seeds=2) == ["first", "of another seed"]
 
 

@@ -80,9 +80,7 @@ def run(
             folder.measured = measure.steps(study, task, cells, say=say) | {"seconds": clock() - start}
     trained = [cell for cell in cells if cell.trained]
     folder.plan = plan = _plan(study, task, folder, trained, epochs, seeds, budget, start, clock, say)
-    if len(folder.runs()) < len(trained) * plan.seeds:  # otherwise only the report is written again
-        folder.add_machine(facts)
-    _train(study, task, folder, trained, plan, clock, say)
+    _train(study, task, folder, trained, plan, facts, clock, say)
     runs = [run for run in folder.runs() if run.cell in {cell.name for cell in trained}]
     results = Results(cells, runs, (folder.measured or {})["cells"], len(task.test.labels), task.num_classes)
     report.write(study, task, folder, results, command(study, task, plan, output))
@@ -235,6 +233,7 @@ def _train(
     folder: Folder,
     cells: Sequence[Cell],
     plan: Plan,
+    facts: Mapping[str, str],
     clock: Callable[[], float],
     say: Callable[[str], None],
 ) -> None:
@@ -252,6 +251,7 @@ def _train(
             start = clock()
             values = _run(study, task, cell, seed, plan.epochs)
             finished = Run(cell.name, seed, plan.epochs, clock() - start, values)
+            folder.add_machine(facts)
             folder.add_run(finished)
             done[cell.name, seed] = finished.seconds
             accuracy = values.get("accuracy")
