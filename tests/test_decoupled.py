@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from layerwise_ext._replicas import LinkError
-from layerwise_ext.nn import FunctionHead, LocalStage, ReconstructionHead, convert_sync_batchnorm
+from layerwise_ext.nn import FunctionHead, LocalStage, PooledLinearHead, ReconstructionHead, convert_sync_batchnorm
 from layerwise_ext.train import DecoupledTrainer, EarlyStopping, LocalTrainer, Record, ReplayBuffer, Trainer
 from layerwise_ext.train._links import _HEADER, End, Incoming, Replayed, _Batch, _describe, _size, _views
 from layerwise_ext.train.decoupled import _balanced
@@ -187,6 +187,22 @@ def test_synchronous_training_and_its_resumption_equal_one_process() -> None:
         for name in ("stages", "optimizers", "schedulers", "averages", "early_stopping", "random_state"):
             assert equal(found[name], state[name]), name
     assert multiprocessing.active_children() == []
+
+
+def test_stages_of_vectors_train_as_in_one_process() -> None:
+    """The links, the partition and the heads take [N, C]."""
+
+    def stages() -> list[LocalStage]:
+        torch.manual_seed(0)
+        bodies = (nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12), nn.ReLU()), nn.Linear(12, 6))
+        return [
+            LocalStage(body.double(), PooledLinearHead(width, 4, bins=1).double())
+            for body, width in zip(bodies, (12, 6), strict=True)
+        ]
+
+    one, two = LocalTrainer(stages(), sgd, progress=False), DecoupledTrainer(stages(), sgd, workers=2, progress=False)
+    assert without_seconds(two.fit(loader(), 2)) == without_seconds(one.fit(loader(), 2))
+    assert equal(two.state_dict()["stages"], one.state_dict()["stages"])
 
 
 def test_float16_has_the_scales_of_one_process() -> None:

@@ -13,7 +13,7 @@ from layerwise_ext.models.schedule import Schedule, one_earlier, positions
 from layerwise_ext.models.staged import StagedModel
 from layerwise_ext.nn import AcceleratedDownsample2d, ConvBNReLU2d
 
-# Output channels of each 3x3 convolution; 'M' halves the resolution.
+# Output channels of each convolution; 'M' halves the resolution.
 VGG_CONFIGS: dict[str, tuple[int | str, ...]] = {
     # Nokland & Eidnes 2019, arXiv 1901.06656
     "vgg8b": (128, 256, "M", 256, 512, "M", 512, "M", 512, "M"),
@@ -160,7 +160,7 @@ def cnn(
     hidden: int | Sequence[int] | None = None,
     **options: object,
 ) -> StagedModel:
-    """A plain network: ``depth`` 3x3 convolutions, twice as wide behind each of two halvings of the resolution.
+    """A plain network: ``depth`` convolutions, twice as wide behind each of two halvings of the resolution.
 
     The network of greedy training (Belilovsky et al. 2019, arXiv 1812.11446), whose halvings come after a third and
     two thirds of its layers.
