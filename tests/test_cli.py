@@ -8,6 +8,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -246,7 +247,12 @@ def test_probe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_refusals_of_probe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
-    assert "config.yaml does not exist; name a run folder" in refused(capsys, "probe", str(run / "a.pt"))
+    assert f"{run} does not exist; name a run folder" in refused(capsys, "probe", str(run))
+    run.mkdir()
+    assert f"{run / 'checkpoint.pt'} does not exist" in refused(capsys, "probe", str(run))
+    (run / "checkpoint.pt").touch()
+    assert "config.yaml does not exist; name a run folder" in refused(capsys, "probe", str(run))
+    shutil.rmtree(run)
     assert train(run, "--epochs", "1") == 0
     assert "metrics.csv cannot be used" in refused(capsys, "probe", str(run / "metrics.csv"))
     (run / "bad.safetensors").write_bytes((run / "last.safetensors").read_bytes()[:-1])
@@ -362,7 +368,9 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "'vgg99'" in refused(capsys, *TINY, *run, "--model", "vgg99")
     assert "no such folder" in refused(capsys, *TINY, *run, "--data", "mnist", "--data-dir", str(tmp_path / "none"))
     assert "there is no run" in refused(capsys, *TINY, *run, "--resume")
-    assert "unrecognized arguments: --banana" in refused(capsys, *TINY, *run, "--banana")
+    assert refused(capsys, *TINY, *run, "--banana").endswith("unrecognized arguments: --banana\n")
+    assert "--widht-multiplier=2; did you mean --width-multiplier?" in refused(capsys, *TINY, "--widht-multiplier=2")
+    assert "--sead 1; did you mean --seeds?" in refused(capsys, "study", "layerwise", "--threads", "1", "--sead", "1")
     assert "--device is 'banana'" in refused(capsys, *TINY, *run, "--device", "banana")
     assert "--device is 'cuda:99'; allowed here: cpu" in refused(capsys, *TINY, *run, "--device", "cuda:99")
     assert "on a CUDA device; they are on cpu" in refused(capsys, *TINY, *run, "--device", "cpu", "--cuda-graph")

@@ -7,7 +7,9 @@ of them imports torch, or what needs it, before it runs.
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
+import re
 import sys
 from collections.abc import Sequence
 
@@ -40,6 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for command in COMMANDS:
         command.add_parser(commands)
+    for each in commands.choices.values():
+        each.set_defaults(flags=re.findall(r"--[\w-]+", each.format_usage()))
     return parser
 
 
@@ -48,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command != "bench":
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        close = difflib.get_close_matches(rest[0].partition("=")[0], arguments.flags, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     arguments.rest = rest
     level = logging.WARNING if processes.is_first() else logging.ERROR
     logging.basicConfig(format="%(levelname)s: %(message)s", level=level)

@@ -169,6 +169,8 @@ def options_of(path: Path) -> argparse.Namespace:
     """
     from layerwise_ext import checkpoint
 
+    if not path.exists():
+        raise UsageError(f"{path} does not exist; name a run folder of train, or a file in one")
     if path.suffix != ".safetensors":
         return RunFolder(path.parent).options()
     try:
