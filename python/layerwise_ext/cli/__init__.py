@@ -43,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     for command in COMMANDS:
         command.add_parser(commands)
     for each in commands.choices.values():
+        each.allow_abbrev = False  # otherwise --no-pretrain would stand for --no-pretrain-tied
         each.set_defaults(flags=re.findall(r"--[\w-]+", each.format_usage()))
     return parser
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
@@ -53,6 +55,19 @@ def installed(module: str, what: str, package: str = "'layerwise_ext[cli]'") -> 
         return importlib.import_module(module)
     except ImportError as error:
         raise UsageError(f"{what} needs a package ({error}): pip install {package}") from error
+
+
+def check_folder(path: Path) -> None:
+    """Of ``--output``: one that is there, or can be made.
+
+    Raises:
+        UsageError: it is a file or in one, or must not be written to.
+    """
+    there = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise UsageError(f"--output: {there} is a file; name a folder")
+    if not os.access(there, os.W_OK):
+        raise UsageError(f"--output: {there} must not be written to; name another folder")
 
 
 def set_threads(threads: int | None) -> None:

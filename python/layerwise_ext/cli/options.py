@@ -136,7 +136,7 @@ GROUPS = {
                         modes=("greedy",)),
         "cache_dir": Option("a folder for it, in place of memory", kind=Path, modes=("greedy",), defines=False),
         "cache_limit": Option("MiB that may be kept, default: 2048; otherwise the frozen stages run in each step",
-                              kind=_positive_int, metavar="MIB", modes=("greedy",), defines=False),
+                              kind=_positive_int, metavar="MIB", modes=("greedy",)),
         "pretrain": Option("before training, without labels: each layer as an autoencoder of the one before; denoising "
                            "with a part of its inputs set to zero", choices=PRETRAININGS),
         "pretrain_on": Option(

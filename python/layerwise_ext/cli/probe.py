@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerwise_ext.cli import experiment, run_folder
-from layerwise_ext.cli.common import OK, UsageError, device_of, positive, set_threads
+from layerwise_ext.cli.common import OK, UsageError, check_folder, device_of, positive, set_threads
 
 if TYPE_CHECKING:
     from layerwise_ext.cli.common import Commands
@@ -47,10 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     output: Path = arguments.output or folder / "separability.csv"
     if output.is_dir():
         raise UsageError(f"--output: {output} is a folder; name a file")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--output: {output.parent} cannot be made ({error.strerror})") from error
+    check_folder(output.parent)
     set_threads(arguments.threads)
     try:
         info = data.info(settings.data, settings.data_dir, image_size=settings.image_size)
@@ -66,6 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(found)
     print(f"{found.samples} training images, {found.test_samples} test images")
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
         _write_table(output, found.to_dict()["layers"])
     except OSError as error:
         raise UsageError(f"--output: {output} cannot be written ({error.strerror})") from error

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerwise_ext.cli import config
-from layerwise_ext.cli.common import UsageError
+from layerwise_ext.cli.common import UsageError, check_folder
 from layerwise_ext.cli.options import DEFINING, OPTIONS, flag
 
 if TYPE_CHECKING:
@@ -51,8 +51,9 @@ class RunFolder:
     def check(self, arguments: argparse.Namespace) -> None:
         """
         Raises:
-            UsageError: there is a run already, none to go on with, or another one.
+            UsageError: no folder can be there, there is a run already, none to go on with, or another one.
         """
+        check_folder(self.path)
         if not arguments.resume:
             if self.checkpoint.exists():
                 raise UsageError(
@@ -64,10 +65,17 @@ class RunFolder:
         if not self.path.is_dir() or not (self.config.is_file() or (self.path / "config.json").is_file()):
             raise UsageError(f"--resume: {self.config} does not exist, so there is no run to go on with")
         saved = self.options()
-        for name in (*DEFINING, "epochs") if saved.lr_schedule == "cosine" else DEFINING:
+        # Stages of greedy training that are done would have other epochs, steps of a cosine other rates.
+        fixed = saved.mode == "greedy" or saved.lr_schedule == "cosine"
+        for name in (*DEFINING, "epochs") if fixed else DEFINING:
             value, found = getattr(arguments, name), getattr(saved, name)
             if found != value:
                 raise UsageError(f"--resume: {flag(name)} is {value!r}, but the run in {self.path} has {found!r}")
+        if arguments.epochs < saved.epochs:
+            raise UsageError(
+                f"--resume: --epochs is {arguments.epochs}; allowed: {saved.epochs}, as the run in {self.path} has, "
+                "or more"
+            )
 
     def options(self) -> argparse.Namespace:
         """Those of the run; those that it did not know yet have their defaults.

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from layerwise_ext.cli.common import OK, UsageError, device_of, installed, positive, set_threads
+from layerwise_ext.cli.common import OK, UsageError, check_folder, device_of, installed, positive, set_threads
 from layerwise_ext.cli.options import DATA
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     suffix = "-quick" if arguments.quick else ""
     output = arguments.output or Path("studies") / f"{arguments.name}-{arguments.data}{suffix}"
+    check_folder(output)
     try:
         task = studies.Task.load(
             arguments.data, arguments.data_dir, limit_train=arguments.limit_train, device=device, quick=arguments.quick

@@ -42,6 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     arguments = config.complete(arguments)
     _check(arguments)
     processes.check(arguments)
+    trainers.check(arguments)
     folder = RunFolder(arguments.output or Path("runs") / run_folder.default_name(arguments))
     folder.check(arguments)
     set_threads(arguments.threads)

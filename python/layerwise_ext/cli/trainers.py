@@ -22,6 +22,17 @@ NOISE, PRETRAIN_EPOCHS = 0.2, 10
 LR_DECAY = 0.25
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """What can be told before any image is read.
+
+    Raises:
+        UsageError: a device that is not there, lists that are none.
+    """
+    own_device(arguments)
+    _scheduler(arguments)
+    _cuts(arguments)
+
+
 def trainer_of(arguments: argparse.Namespace, model: StagedModel, group: dist.ProcessGroup | None) -> Trainer:
     """Of this process, one of ``group``.
 
@@ -42,14 +53,11 @@ def trainer_of(arguments: argparse.Namespace, model: StagedModel, group: dist.Pr
         options["detach"] = False
         for stage in model:
             stage.detach = False
-    if arguments.blocks is not None:
-        options["blocks"] = _numbers(arguments, "blocks", "numbers of stages such as 2,2,1")
-    if arguments.partition is not None:
-        options["partition"] = _numbers(arguments, "partition", "numbers of stages such as 3,4")
-    elif arguments.mode == "decoupled":
-        options.setdefault("workers", 2)
-    else:
+    options |= _cuts(arguments)
+    if arguments.mode != "decoupled":
         options["process_group"] = group
+    elif arguments.partition is None:
+        options.setdefault("workers", 2)
     if arguments.mode == "greedy":
         options["cache"] = arguments.cache
         if arguments.cache_limit is not None:
@@ -106,6 +114,12 @@ def _common(arguments: argparse.Namespace) -> dict[str, Any]:
         "accumulate": arguments.accumulate,
         "clip_norm": arguments.clip_norm,
     }
+
+
+def _cuts(arguments: argparse.Namespace) -> dict[str, list[int]]:
+    """Where the stages are cut into blocks or among processes, as far as that is given."""
+    allowed = {"blocks": "numbers of stages such as 2,2,1", "partition": "numbers of stages such as 3,4"}
+    return {name: _numbers(arguments, name, text) for name, text in allowed.items() if getattr(arguments, name)}
 
 
 def _optimizer(arguments: argparse.Namespace) -> OptimizerFactory:
