@@ -48,6 +48,18 @@ def test_idx_layouts(tmp_path: Path, folder: str, gzipped: bool) -> None:
     assert len(data.load("fashion-mnist", tmp_path, "test").labels) == 6
 
 
+def test_a_folder_of_the_set_s_own_comes_first(tmp_path: Path) -> None:
+    """MNIST, Fashion-MNIST and KMNIST have files of the same names."""
+    write_idx(tmp_path, gzipped=False)
+    own = tmp_path / "FashionMNIST" / "raw"
+    write_idx(own, gzipped=False, images=4, labels=4)
+    assert len(data.load("fashion-mnist", tmp_path).labels) == 4
+    assert len(data.load("mnist", tmp_path).labels) == 6
+    (own / "train-labels-idx1-ubyte").unlink()
+    with pytest.raises(data.DataError, match=r"train-labels-idx1-ubyte.* was not found; looked for .*FashionMNIST/raw"):
+        data.load("fashion-mnist", tmp_path)  # not the labels of another set
+
+
 def test_names_with_a_dot(tmp_path: Path) -> None:
     write_idx(tmp_path, gzipped=False, dot=True)
     assert len(data.load("mnist", tmp_path).labels) == 6

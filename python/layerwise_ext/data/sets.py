@@ -60,10 +60,11 @@ _INFO = {
 IMAGE_FOLDER = "image-folder"
 NAMES = (*_INFO, IMAGE_FOLDER)
 
+# Their files have the same names, so a folder of the set's own comes before files that lie in data_dir itself.
 IDX_FOLDERS = {
-    "mnist": [".", "mnist", "MNIST", "MNIST/raw", "mnist/raw"],
-    "fashion-mnist": [".", "fashion-mnist", "fashion_mnist", "FashionMNIST", "FashionMNIST/raw"],
-    "kmnist": [".", "kmnist", "KMNIST", "KMNIST/raw"],
+    "mnist": ["mnist", "MNIST", "MNIST/raw", "mnist/raw", "."],
+    "fashion-mnist": ["fashion-mnist", "fashion_mnist", "FashionMNIST", "FashionMNIST/raw", "."],
+    "kmnist": ["kmnist", "KMNIST", "KMNIST/raw", "."],
 }
 
 

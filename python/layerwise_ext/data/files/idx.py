@@ -39,11 +39,12 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
 def load_idx(directory: Path, folders: Sequence[str], split: str) -> Split:
     prefix = "train" if split == "train" else "t10k"
 
-    def find_kind(kind: str) -> Path:
+    def find_kind(kind: str, directory: Path, folders: Sequence[str]) -> Path:
         stems = [f"{prefix}-{kind}", f"{prefix}-{kind[:-11]}.{kind[-10:]}"]  # some copies have a dot: images.idx3-ubyte
         return find(directory, folders, [stem + suffix for stem in stems for suffix in (".gz", "")])
 
-    image_path, label_path = find_kind("images-idx3-ubyte"), find_kind("labels-idx1-ubyte")
+    image_path = find_kind("images-idx3-ubyte", directory, folders)
+    label_path = find_kind("labels-idx1-ubyte", image_path.parent, ["."])
     images, labels = read_idx(image_path, 3), read_idx(label_path, 1)
     check_counts(image_path, len(images), label_path, len(labels))
     check_labels(label_path, labels, 0, 9)
