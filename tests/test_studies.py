@@ -176,6 +176,13 @@ def test_a_seed_that_would_take_too_long_is_left_out(tmp_path: Path) -> None:
     assert results.seeds == [0, 1]  # planned were three, of 30 s each; the second one took 75 s
     assert any(line.startswith("seed 2 is left out: with it the study would take") for line in lines)
 
+    # One run of the seed is there, of an attempt on a faster machine: means over other seeds are not compared with it.
+    first = (tmp_path / "runs" / "a-0.json").read_text()
+    (tmp_path / "runs" / "a-2.json").write_text(first.replace('"seed": 0', '"seed": 2'))
+    results = runner.run(toy, task(), tmp_path, budget=2.2, clock=toy.clock, say=say)
+    assert results.seeds == [0, 1] and {each.seed for each in results.runs} == {0, 1}
+    assert (tmp_path / "runs" / "a-2.json").exists()
+
 
 # -- Tasks and measurements --------------------------------------------------------------------------------------------
 
@@ -188,6 +195,9 @@ def test_a_limit_takes_as_many_images_of_each_class() -> None:
     assert limited.image_shape == (1, 8, 8) and limited.chance == 0.1
     with pytest.raises(ValueError, match="limit_train is 9; allowed: 10 or more"):
         Task.load("digits", limit_train=9)
+    with pytest.raises(ValueError, match=r"1400, 140 images of each class, .* digits has 139; allowed: 10 to 1399"):
+        Task.load("digits", limit_train=1400)
+    assert len(Task.load("digits", limit_train=1399).train.labels) == 1390
     images, labels = next(iter(limited.loader(1000, seed=0)))
     assert images.shape == (100, 1, 8, 8) and len(labels) == 100
     assert len(limited.part(7).train.labels) == len(limited.part(7).test.labels) == 7

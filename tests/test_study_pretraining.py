@@ -164,14 +164,15 @@ FOUND = {
 def test_a_gain_with_few_labels_is_found_although_seeds_differ(task: Task) -> None:
     results = results_of(task, FOUND)
     # Unpaired, ten points between the seeds would hide the gain.
-    effect, old, claim, contrast, successor, cost, _ = STUDY.findings(results)
+    effect, old, claim, contrast, successor, failure, cost, _ = STUDY.findings(results)
     assert effect.found and "helped by more than the spread over seeds with 10 labels (+5.5 ± 0.5 points)" in (
         effect.text
     )
     assert "no difference was found with 50 labels" in effect.text and "250 labels (+0.1 ± 0.2 points" in effect.text
     assert old.found and "250 labels (+70.0 ± 0.0 points" in old.text
     assert claim.found and "held here: they helped with 10 labels and not with 250 labels" in claim.text
-    assert contrast.found and "gained more" in contrast.text
+    assert contrast.found and "gained more" in contrast.text and "lost less" not in contrast.text
+    assert failure.found and "without pretraining was below twice chance with 10 labels (10.0 ± 0.0 %)" in failure.text
     assert successor.found and "50 labels" in successor.text and "with 10 labels" not in successor.text
     assert "5 s, 2.5 times a fine-tuning (2 s)" in cost.text
 
@@ -185,6 +186,16 @@ def test_no_gain(task: Task) -> None:
     assert successor.found
 
 
+def test_a_network_that_gains_nothing_did_not_gain_more(task: Task) -> None:
+    pretrained = [[a, b, c - 0.04] for a, b, c in RANDOM]
+    failed = FOUND["before-random"]
+    results = results_of(task, FOUND | {"now-pretrained": pretrained, "before-pretrained": failed})
+    contrast = STUDY.findings(results)[3]
+    assert contrast.found and "gained more" not in contrast.text
+    assert "did not gain, but lost less by it than that of now" in contrast.text
+    assert "with 250 labels (+4.0 ± 0.0 points)" in contrast.text
+
+
 @pytest.mark.parametrize(("change", "text"), [(0.02, "with 250 labels, too"), (-0.02, "held here")])
 def test_claim_with_all_labels(task: Task, change: float, text: str) -> None:
     pretrained = [[a + 0.05, b, c + change] for a, b, c in RANDOM]
@@ -195,7 +206,8 @@ def test_claim_with_all_labels(task: Task, change: float, text: str) -> None:
 
 def test_one_seed_finds_nothing(task: Task) -> None:
     results = results_of(task, {name: seeds[:1] for name, seeds in FOUND.items()})
-    effect, old, *costs = STUDY.findings(results)
+    effect, old, failure, *costs = STUDY.findings(results)
+    assert failure.found and "250 labels (10.0 %)" in failure.text
     assert not effect.found and "one seed" in effect.text and "+5.0 points" in effect.text
     assert not old.found
     assert all("fine-tuning" in finding.text for finding in costs)

@@ -74,9 +74,13 @@ def test_the_report_in_markdown_says_the_same(tmp_path: Path) -> None:
     assert sections["How to repeat it"].startswith("    layerwise-ext study toy --data digits --epochs 3 --seeds 2")
 
 
-def test_a_study_with_one_seed_says_so(tmp_path: Path) -> None:
+def test_a_study_with_few_seeds_says_so(tmp_path: Path) -> None:
     run(Toy(draws=True), tmp_path, seeds=1, epochs=1)
     assert "Everything was trained with one seed: there is no spread" in check_report(tmp_path).text
+    run(Toy(draws=True), tmp_path, seeds=2, epochs=1)
+    assert "with two seeds: about one in four comparisons of equal things" in check_report(tmp_path).text
+    run(Toy(draws=True), tmp_path, seeds=3, epochs=1)
+    assert "Everything was trained with" not in check_report(tmp_path).text
 
 
 def test_the_command_in_the_report_names_what_decides_the_numbers(tmp_path: Path) -> None:

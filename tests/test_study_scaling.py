@@ -233,14 +233,22 @@ def test_helped_and_not_fixed(task: Task) -> None:
     assert helped and "closed 29% of the difference: it helped, and did not fix it" in fixes
 
 
-@pytest.mark.parametrize(("accelerated", "text"), [
-    ([0.85, 0.83], "made local training worse"),
-    ([0.91, 0.865], "not more than the spread. It was not found here"),
+@pytest.mark.parametrize(("accelerated", "text", "found"), [
+    ([0.85, 0.83], "it made local training worse. The claim that", True),
+    ([0.91, 0.865], "not more than the spread. It was not found here", False),
 ])  # fmt: skip
-def test_not_fixed(task: Task, accelerated: list[float], text: str) -> None:
+def test_not_fixed(task: Task, accelerated: list[float], text: str, found: bool) -> None:
     deep = {"joint": [0.97, 0.95], "local": [0.90, 0.88], "local-accelerated": accelerated}
-    _, (fixes, fixed), *_ = findings(results_of(task, SHALLOW, deep))
-    assert not fixed and text in fixes
+    _, (fixes, is_found), *_ = findings(results_of(task, SHALLOW, deep))
+    assert is_found == found and text in fixes and "held" not in fixes
+
+
+def test_a_remainder_that_is_lost_in_the_spread_is_not_called_fixed(task: Task) -> None:
+    deep = {"joint": [0.97, 0.95, 0.96], "local": [0.949, 0.911, 0.924], "local-accelerated": [0.961, 0.917, 0.935]}
+    shallow = {name: [*values, sum(values) / 2] for name, values in SHALLOW.items()}
+    _, (fixes, helped), *_ = findings(results_of(task, shallow, deep))
+    assert helped and "closed 30% of the difference: it helped, and as what is left does not exceed the spread" in fixes
+    assert "cannot be told here" in fixes and "held" not in fixes
 
 
 def test_not_degrading(task: Task) -> None:
@@ -250,7 +258,12 @@ def test_not_degrading(task: Task) -> None:
     assert not fixed and "could not be tested" in fixes
     deep = {"joint": [0.96, 0.94], "local": [0.97, 0.95], "local-accelerated": [0.99, 0.97]}
     (degrades, held), (fixes, fixed), *_ = findings(results_of(task, SHALLOW, deep))
-    assert not held and "it catches up" in degrades and "1.0 ± 0.0 points ahead of" in degrades
+    assert (
+        held
+        and "it catches up. The claim that local" in degrades
+        and "did not hold" in degrades
+        and "1.0 ± 0.0 points ahead of" in degrades
+    )
     assert not fixed and "could not be tested" in fixes
 
 

@@ -117,7 +117,8 @@ class Layerwise(Study):
             "from a replay buffer (arXiv 1901.08164). The time has that of starting the processes in it",
             "greedy": "one stage after another (arXiv 1812.11446), the outputs of earlier ones kept in memory; two "
             "accounts: all epochs for each stage, which is as many updates of each layer as in joint training, or "
-            "(split) the epochs shared among the stages, which is as many passes over the images",
+            "(split) the epochs shared among the stages, in whole ones and at least one for each, which comes as near "
+            "as that allows to as many passes over the images",
             "autoencoder": f"stacked convolutional autoencoders with {NOISE:.0%} masking noise, half of the epochs for "
             "each layer, then joint training; two accounts: all epochs on top (more work than any other method here), "
             "or (split) the other half of them",
@@ -337,14 +338,15 @@ def _phrase(name: str) -> str:
 
 
 def epochs_text(results: Results, cell: Cell) -> str:
-    """Such as ``'8'``, ``'8 per stage'``, ``'4 per layer + 8'``."""
+    """Such as ``'8'``, ``'8 per stage, 56 passes'``, ``'4 per layer + 8'``."""
     runs = [run for run in results.runs if run.cell == cell.name]
     if not runs:
         return ""
     first, epochs = schedule(cell.options["method"], runs[0].epochs, runs[0].values["stages"])
     if first:
         return f"{first} per layer + {epochs}"
-    return f"{epochs} per stage" if cell.name.startswith("greedy") else str(epochs)
+    passes = epochs * runs[0].values["stages"]
+    return f"{epochs} per stage, {passes} passes" if cell.name.startswith("greedy") else str(epochs)
 
 
 def _texts(results: Results, cell: Cell) -> list[str]:

@@ -125,7 +125,8 @@ class Pretraining(Study):
         found = [_effect(results, network) for network in networks]
         if len(results.seeds) > 1:
             found += [_claim(results), _contrast(results), _successor(results)]
-        return [*found, *(_cost(results, network) for network in networks)]
+        failures = [finding for network in networks for finding in _failures(results, network)]
+        return [*found, *failures, *(_cost(results, network) for network in networks)]
 
 
 # -- Runs --------------------------------------------------------------------------------------------------------------
@@ -275,8 +276,12 @@ def _sorted_out(
     none: list[str] = []
     for count, difference in zip(labels, differences, strict=True):
         side = (above if difference.mean > 0 else below) if difference.differs(1 / results.test_images) else none
-        side.append(f"{count} labels ({points(difference)})")
+        side.append(_at(count, difference))
     return above, below, none
+
+
+def _at(count: int, difference: Summary) -> str:
+    return f"{count} labels ({points(difference)})"
 
 
 def _effect(results: Results, network: str) -> Finding:
@@ -294,6 +299,23 @@ def _effect(results: Results, network: str) -> Finding:
     if none:
         parts.append(f"no difference was found with {listed(none)}")
     return Finding(f"{name}: {'; '.join(parts)}.", bool(above or below))
+
+
+def _failures(results: Results, network: str) -> list[Finding]:
+    """Numbers of labels with which it did not learn, where a gain of nothing says nothing."""
+    failed = {}
+    for pretrained in (False, True):
+        accuracies = results.per_layer(_name(network, pretrained), "accuracy")
+        failed[pretrained] = [
+            f"{count} labels ({accuracy.text(100)} %)"
+            for count, accuracy in zip(_labels(results), accuracies, strict=True)
+            if accuracy.mean < 2 / results.num_classes
+        ]
+    return [
+        Finding(f"{NETWORKS[network]} {'with' if pretrained else 'without'} pretraining was below twice chance with "
+                f"{listed(counts)}.", True)
+        for pretrained, counts in failed.items() if counts
+    ]  # fmt: skip
 
 
 def _claim(results: Results) -> Finding:
@@ -318,18 +340,27 @@ def _claim(results: Results) -> Finding:
 
 
 def _contrast(results: Results) -> Finding:
-    """Whether the network of before gained more."""
+    """Whether the network of before gained more; where it gained nothing, that of now can only have lost."""
     pairs = [results.paired(_name(n, True), _name(n, False), "accuracy") for n in ("before", "now")]
     by_seed = [[a - b for a, b in zip(*seed, strict=True)] for seed in zip(*pairs, strict=True)]
     differences = [Summary.of(values) for values in zip(*by_seed, strict=True)]
-    above, below, _ = _sorted_out(results, _labels(results), differences)
+    _, below, _ = _sorted_out(results, _labels(results), differences)
+    resolution = 1 / results.test_images
+    more: list[str] = []
+    lost_less: list[str] = []
+    for count, difference, gain in zip(_labels(results), differences, _gains(results, "before"), strict=True):
+        if difference.mean > 0 and difference.differs(resolution):
+            (more if gain.mean > resolution else lost_less).append(_at(count, difference))
     before, now = NETWORKS["before"], NETWORKS["now"]
-    if above:
-        text = f"The network of before ({before}) gained more from pretraining than that of now ({now}) with "
-        return Finding(f"{text}{listed(above)}.", True)
+    parts = []
+    if more:
+        parts.append(f"gained more from pretraining than that of now ({now}) with {listed(more)}")
+    if lost_less:
+        parts.append(f"did not gain, but lost less by it than that of now ({now}) with {listed(lost_less)}")
     if below:
-        text = f"The network of before ({before}) gained less from pretraining than that of now ({now}) with "
-        return Finding(f"{text}{listed(below)}.", True)
+        parts.append(f"gained less than that of now ({now}) with {listed(below)}")
+    if parts:
+        return Finding(f"The network of before ({before}) {'; it '.join(parts)}.", True)
     return Finding(f"That the network of before ({before}) gains more from pretraining than that of now ({now}) was "
                    "not found with any number of labels.", False)  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import re
@@ -83,6 +84,8 @@ def run(
     _train(study, task, folder, trained, plan, facts, clock, say)
     runs = [run for run in folder.runs() if run.cell in {cell.name for cell in trained}]
     results = Results(cells, runs, (folder.measured or {})["cells"], len(task.test.labels), task.num_classes)
+    complete = [run for run in runs if run.seed in results.seeds]  # others are of a seed that was left out after all
+    results = dataclasses.replace(results, runs=complete)
     report.write(study, task, folder, results, command(study, task, plan, output))
     say(f"written to {folder.path}; open {folder.path / 'report.html'}")
     return results

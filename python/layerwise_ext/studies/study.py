@@ -71,7 +71,7 @@ class Task:
         A limit takes the same number of images of each class, the same ones in every study.
 
         Raises:
-            ValueError: an unknown ``name``; a limit below one image of each class.
+            ValueError: an unknown ``name``; a limit below one image of each class, or of more than a class has.
             DataError: files missing or damaged.
         """
         device = torch.device(device)
@@ -81,6 +81,12 @@ class Task:
         if limit is not None and limit < len(train.labels):
             if limit < num_classes:
                 raise ValueError(f"limit_train is {limit}; allowed: {num_classes} or more, one image of each class")
+            smallest = int(torch.bincount(train.labels, minlength=num_classes).min())
+            if limit // num_classes > smallest:
+                raise ValueError(
+                    f"limit_train is {limit}, {limit // num_classes} images of each class, and a class of {name} has "
+                    f"{smallest}; allowed: {num_classes} to {num_classes * smallest + num_classes - 1}, or all of them"
+                )
             train = data.subset(train, per_class=limit // num_classes)
         normalization = data.Normalization.of(train.images)
         train, test = (data.Split(*(part.to(device) for part in split)) for split in (train, test))
