@@ -240,6 +240,14 @@ def test_evaluation_is_not_captured() -> None:
     assert module._captured is not None and module._captured.replays == 2
 
 
+def test_a_frozen_stage_is_not_captured() -> None:
+    module = stage().requires_grad_(False)
+    expected = copy.deepcopy(module)
+    for _ in range(5):
+        torch.testing.assert_close(module(*data()).loss, expected(*data()).loss)
+    assert module._captured is None
+
+
 def test_a_copy_of_a_captured_stage_is_its_own() -> None:
     module = stage()
     for _ in range(5):

@@ -308,6 +308,24 @@ def test_mlp_sr_sees_a_quarter_of_the_resolution(size: tuple[int, int], bins: tu
     assert linear.in_features == C * min(2, bins[0]) * min(2, bins[1])
 
 
+def test_images_without_a_label_have_no_part_in_the_loss_of_labels() -> None:
+    goodness, head = torch.rand(5, 3), GoodnessHead(num_classes=3)
+    labels = torch.tensor([0, -100, 2, -100, 1])
+    expected = head.label_loss(goodness[[0, 2, 4]], labels[[0, 2, 4]])
+    assert torch.equal(head.label_loss(goodness, labels), expected)
+
+
+def test_a_projected_head_made_without_memory() -> None:
+    saved = SimilarityHead(4, 3, project=True)
+    with torch.device("meta"):
+        head = SimilarityHead(4, 3, project=True)
+    head.to_empty(device="cpu")
+    head.load_state_dict(saved.state_dict())
+    moments = PooledMoments.of(torch.rand(6, 4, 5, 5), (1, 1))
+    moments = PooledMoments(moments.m1, moments.m2, moments.size, torch.rand(6, 4, 5, 5))
+    assert torch.equal(head.features(moments), saved.features(moments))
+
+
 def test_the_goodness_classifies() -> None:
     stage = make_stage("goodness")
     _, moments = stage.moments(images())
@@ -428,8 +446,8 @@ LABELS = torch.zeros(2, dtype=torch.int64)
 
 
 @pytest.mark.parametrize(("make", "message"), [
-    (lambda: SimilarityHead(0, 10), "in_channels, num_classes are 0, 10; allowed: at least 1 and 2"),
-    (lambda: SimilarityHead(4, 1), "in_channels, num_classes are 4, 1; allowed: at least 1 and 2"),
+    (lambda: SimilarityHead(1, 10), "in_channels, num_classes are 1, 10; allowed: at least 2 and 2"),
+    (lambda: SimilarityHead(4, 1), "in_channels, num_classes are 4, 1; allowed: at least 2 and 2"),
     (lambda: SimilarityHead(4, 2, project=True, kernel_size=2), "kernel_size is 2; allowed: odd"),
     (lambda: PredSimHead(4, 2, beta=1.5), "beta is 1.5; allowed: 0 to 1"),
     (lambda: PredSimHead(4, 2, bins=0), r"bins is \(0, 0\); both must be at least 1"),

@@ -8,8 +8,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from layerwise_ext import functional
-from layerwise_ext.nn import ConvBNReLU2d, HeadOutput, LocalHead, LocalStage, PooledLinearHead, PooledMoments
+from layerwise_ext import _graphs, functional
+from layerwise_ext.nn import (
+    ConvBNReLU2d,
+    HeadOutput,
+    LocalHead,
+    LocalStage,
+    PooledLinearHead,
+    PooledMoments,
+    PredSimHead,
+    SimilarityHead,
+)
 from torch import nn
 
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-10}
@@ -222,7 +231,7 @@ def test_downsampling_behind_the_head(name: str, detach: bool, head: str) -> Non
             torch.testing.assert_close(way, F.max_pool2d(peer.features(x), 2), **TOLERANCE)
 
 
-@pytest.mark.parametrize("downsample", [("sum", 2), ("max", 0)])
+@pytest.mark.parametrize("downsample", [("sum", 2), ("max", 0), ("max", 2, True), "max"])
 def test_downsampling_must_exist(downsample: tuple[str, int]) -> None:
     with pytest.raises(ValueError, match="downsample"):
         make_stage(block(), downsample=downsample)
@@ -289,3 +298,83 @@ def test_nan_in_the_input_propagates() -> None:
     x[0, 0, 0, 0] = float("nan")
     output = stage(x, target)
     assert output.loss.isnan()
+
+
+# -- Maps that are constant, and bodies of other classes ---------------------------------------------------------------
+
+
+def plain_similarity(y: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """In plain PyTorch, with a standard deviation whose gradient is 0 where a map is constant."""
+    variance = y.flatten(2).var(2)
+    constant = variance < 1e-20
+    std = torch.where(constant, 0, torch.where(constant, 1, variance).sqrt())
+    return functional.similarity_matching_loss(std, target, num_classes=4)
+
+
+@pytest.mark.parametrize("body", ["layer", "plain"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("bias", [0.0, 1.0])
+@pytest.mark.parametrize("size", [8, 32, 56])
+@pytest.mark.parametrize("bins", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_blank_image_has_no_standard_deviation(
+    dtype: torch.dtype, bins: int, size: int, bias: float, layout: torch.memory_format, body: str
+) -> None:
+    """Its maps are constant and not 0 behind batch norm; what rounding leaves of their sums is nothing to match."""
+    torch.manual_seed(0)
+    x = torch.rand(8, 3, size, size, dtype=torch.float64)
+    x[0] = 0
+    target = torch.arange(8) % 4
+    module = BODIES[body]()
+    (module.bn if body == "layer" else module[1]).bias.data.fill_(bias)
+    exact = copy.deepcopy(module) if body == "plain" else nn.Sequential(*copy.deepcopy(module).to_modules())
+    expected = plain_similarity(exact(x), target)
+    expected.backward()
+    head = SimilarityHead(8, 4) if bins == 1 else PredSimHead(8, 4, bins, beta=1.0)
+    stage = LocalStage(module, head).to(dtype)
+    loss = stage(x.to(dtype).contiguous(memory_format=layout), target).loss
+    loss.backward()
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-11
+    torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=0)
+    gradient, exact_gradient = next(module.parameters()).grad, next(exact.parameters()).grad
+    assert (gradient.double() - exact_gradient).norm() <= 10 * tolerance * exact_gradient.norm()
+
+
+@pytest.mark.parametrize("body", ["layer", "plain"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_on_standard_deviations_is_nan_where_the_map_is(value: float, body: str) -> None:
+    x, target = data()
+    x[0, 0, 0, 0] = value
+    assert LocalStage(BODIES[body](), SimilarityHead(8, 5).double())(x, target).loss.isnan()
+
+
+def test_a_body_that_changes_what_its_class_gives() -> None:
+    class Scaled(ConvBNReLU2d):
+        def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+            return 2 * super().forward(x, residual)
+
+    x, target = data()
+    for downsample in (None, ("max", 2)):
+        stage = make_stage(Scaled(3, 8, 3, padding=1, dtype=torch.float64), downsample=downsample)
+        output = stage(x, target)
+        torch.testing.assert_close(output.features, stage.features(x).detach(), **TOLERANCE)
+        expected = stage.head.to_modules()(stage.body(x))
+        torch.testing.assert_close(output.logits, expected, **TOLERANCE)
+
+
+def test_what_a_graph_fixes() -> None:
+    """Compared at each call of a captured stage."""
+    stage = make_stage(nn.Sequential(block(), nn.Dropout(0.5)))
+    before = _graphs.settings_of([stage])
+    assert _graphs.settings_of([stage]) == before
+    changes: list[tuple[Any, str, Any]] = [
+        (stage.body[0].bn, "momentum", 0.5),
+        (stage.body[1], "p", 0.1),
+        (stage.head, "label_smoothing", 0.1),
+    ]
+    for module, name, value in changes:
+        kept = getattr(module, name)
+        setattr(module, name, value)
+        assert _graphs.settings_of([stage]) != before
+        setattr(module, name, kept)
+    assert _graphs.settings_of([stage]) == before

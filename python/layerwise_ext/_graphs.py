@@ -152,13 +152,15 @@ def check_capturable(modules: Iterable[nn.Module]) -> None:
 
 
 def settings_of(modules: Iterable[nn.Module]) -> Hashable:
-    """What of modules is fixed in a graph: addresses, what needs gradients, modes."""
-    tensors, modes = [], []
+    """What of modules is fixed in a graph: addresses, what needs gradients, modes, attributes that are plain values."""
+    tensors, values = [], []
     for module in modules:
         tensors += [(p.data_ptr(), p.requires_grad) for p in module.parameters()]
         tensors += [(b.data_ptr(), False) for b in module.buffers()]
-        modes += [child.training for child in module.modules()]
-    return tuple(tensors), tuple(modes)
+        for child in module.modules():
+            plain = (item for item in vars(child).items() if isinstance(item[1], (bool, int, float, str)))
+            values.append(tuple(item for item in plain if not item[0].startswith("_")))
+    return tuple(tensors), tuple(values)
 
 
 def settings_of_optimizer(optimizer: torch.optim.Optimizer) -> Hashable:

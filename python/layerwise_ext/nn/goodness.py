@@ -72,9 +72,10 @@ class GoodnessHead(LocalHead):
 
         Args:
             goodness: ``[N, num_classes]``, with each label.
-            labels: int64 ``[N]``, the right ones.
+            labels: int64 ``[N]``, the right ones; -100 for an image that is left out.
         """
-        excess = goodness - self.threshold
+        counted = labels != -100
+        excess, labels = (goodness - self.threshold)[counted], labels[counted]
         right = excess.gather(1, labels[:, None])[:, 0]
         wrong = (F.softplus(excess).sum(1) - F.softplus(right)) / (excess.shape[1] - 1)
         return (F.softplus(-right) + wrong).mean() / 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from layerwise_ext import functional
@@ -24,7 +23,8 @@ class SimilarityHead(LocalHead):
     as a layer and needs the map's gradient in memory.
 
     Args:
-        in_channels: channels of the stage's output.
+        in_channels: channels of the stage's output, at least 2: one number has no direction. (The paper takes maps of
+            three channels or fewer as they are, and standard deviations of others; here it is these for all.)
         num_classes: number of classes, at least 2.
         project: match a convolution of the map, C to C channels without bias, instead of the map.
         kernel_size: of that convolution, an odd number; it keeps the size of the map. (1 is enough for maps of one
@@ -41,8 +41,6 @@ class SimilarityHead(LocalHead):
     """
 
     bins = (1, 1)
-    _zero: Tensor
-    _one: Tensor
 
     def __init__(
         self,
@@ -55,8 +53,8 @@ class SimilarityHead(LocalHead):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        if in_channels < 1 or num_classes < 2:
-            raise ValueError(f"in_channels, num_classes are {in_channels}, {num_classes}; allowed: at least 1 and 2")
+        if in_channels < 2 or num_classes < 2:
+            raise ValueError(f"in_channels, num_classes are {in_channels}, {num_classes}; allowed: at least 2 and 2")
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size is {kernel_size}; allowed: odd numbers, which keep the size of the map")
         self.in_channels = in_channels
@@ -67,9 +65,6 @@ class SimilarityHead(LocalHead):
         if project:
             options = {"padding": kernel_size // 2, "bias": False, "device": device, "dtype": dtype}
             self.projection = nn.Conv2d(in_channels, in_channels, kernel_size, **options)
-            # A batch norm that changes nothing: the fused operator then gives the moments of the convolution.
-            self.register_buffer("_zero", torch.zeros(in_channels, device=device, dtype=dtype), persistent=False)
-            self.register_buffer("_one", torch.ones(in_channels, device=device, dtype=dtype), persistent=False)
 
     def features(self, moments: PooledMoments) -> Tensor:
         """``[N, in_channels]``, what is matched."""
@@ -85,8 +80,10 @@ class SimilarityHead(LocalHead):
         return HeadOutput(None, loss)
 
     def _projected(self, y: Tensor, projection: nn.Conv2d) -> PooledMoments:
-        z, m1, m2 = functional.conv_bn_act_moments(
-            y, projection.weight, None, self._zero, self._one,
+        channels = projection.out_channels
+        zero, one = projection.weight.new_zeros(channels), projection.weight.new_ones(channels)
+        z, m1, m2 = functional.conv_bn_act_moments(  # a batch norm that changes nothing
+            y, projection.weight, None, zero, one,
             padding=(projection.kernel_size[0] // 2, projection.kernel_size[1] // 2), eps=0.0, activation="identity",
         )  # fmt: skip
         return PooledMoments(m1, m2, (z.shape[2], z.shape[3]))

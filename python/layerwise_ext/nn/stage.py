@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from layerwise_ext import _graphs, functional
-from layerwise_ext.nn.chain import FusedChain, Residual
+from layerwise_ext.nn.chain import gives_moments
 from layerwise_ext.nn.conv import AcceleratedDownsample2d, ConvBNReLU2d
 from layerwise_ext.nn.heads import LocalHead
 from layerwise_ext.nn.moments import PooledMoments
@@ -59,7 +59,8 @@ class LocalStage(nn.Module):
         ValueError: an unknown ``downsample``; a ``dropout`` outside [0, 1); ``cuda_graph`` without ``detach`` or with a
             batch norm of ``momentum=None``; (when run) the head was built for another shape, or pools to more cells
             than the map has.
-        RuntimeError: (when run, with ``cuda_graph``) something in the stage waits for the device.
+        RuntimeError: (when run) the head pools to more cells than the map of a :class:`ConvBNReLU2d`, residual block or
+            chain has; with ``cuda_graph``, something in the stage waits for the device.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class LocalStage(nn.Module):
         self.body = body
         self.head = head
         self.detach = detach
+        functional._downsampling(downsample)  # checks it
         self.downsample = None if downsample is None else AcceleratedDownsample2d(*downsample)
         self.dropout = _ChannelDropout(dropout) if dropout else None
         self.cuda_graph = cuda_graph
@@ -98,7 +100,7 @@ class LocalStage(nn.Module):
         if self.detach and x.requires_grad:
             x = x.detach()
         inputs = [x] if image is None or not self.head.needs_image else [x, image]
-        if self.cuda_graph and target is not None and self.training and _can_replay(x):
+        if self.cuda_graph and target is not None and self.training and _can_replay(x) and _is_trained(self):
             return self._replay(target, *inputs)
         features, moments = self.moments(*inputs)
         logits, loss = self.head(moments, target)
@@ -134,7 +136,7 @@ class LocalStage(nn.Module):
                 x, head.bins, head.second_moment, detached_downsample=(downsample.mode, downsample.factor)
             )
             return y, PooledMoments(m1, m2, body.map_size(x))
-        if isinstance(body, (ConvBNReLU2d, Residual, FusedChain)):
+        if gives_moments(body):
             y, m1, m2 = body.forward_moments(x, head.bins, head.second_moment)
             moments = PooledMoments(m1, m2, (y.shape[2], y.shape[3]), y if head.needs_map else None)
         else:
@@ -228,8 +230,15 @@ class _Captured(torch.autograd.Function):
         return None, None, None, *torch._foreach_mul(ctx.gradients, grad_loss)
 
 
+def _is_trained(stage: LocalStage) -> bool:
+    return any(parameter.requires_grad for parameter in stage.parameters())
+
+
 def _may_skip_map(body: nn.Module, head: LocalHead) -> TypeGuard[ConvBNReLU2d]:
     """Whether the operator can leave the body's output unwritten and give what is downsampled of it."""
-    if not isinstance(body, ConvBNReLU2d) or type(body).forward_moments is not ConvBNReLU2d.forward_moments:
+    if not isinstance(body, ConvBNReLU2d):
+        return False
+    own, of_package = type(body), ConvBNReLU2d
+    if own.forward is not of_package.forward or own.forward_moments is not of_package.forward_moments:
         return False
     return not head.needs_map and body.downsample is None and not body.ceil_mode and body.activation != "rrelu"
