@@ -65,17 +65,10 @@ class RunFolder:
         if not self.path.is_dir() or not (self.config.is_file() or (self.path / "config.json").is_file()):
             raise UsageError(f"--resume: {self.config} does not exist, so there is no run to go on with")
         saved = self.options()
-        # Stages of greedy training that are done would have other epochs, steps of a cosine other rates.
-        fixed = saved.mode == "greedy" or saved.lr_schedule == "cosine"
-        for name in (*DEFINING, "epochs") if fixed else DEFINING:
+        for name in (*DEFINING, "epochs") if saved.lr_schedule == "cosine" else DEFINING:
             value, found = getattr(arguments, name), getattr(saved, name)
             if found != value:
                 raise UsageError(f"--resume: {flag(name)} is {value!r}, but the run in {self.path} has {found!r}")
-        if arguments.epochs < saved.epochs:
-            raise UsageError(
-                f"--resume: --epochs is {arguments.epochs}; allowed: {saved.epochs}, as the run in {self.path} has, "
-                "or more"
-            )
 
     def options(self) -> argparse.Namespace:
         """Those of the run; those that it did not know yet have their defaults.

@@ -143,6 +143,7 @@ def _fit(
     folder, trainer = keeper.folder, keeper.trainer
     if arguments.resume and folder.checkpoint.is_file():
         pretrainer = _resume(keeper, pretrainer)
+        _check_epochs(arguments, keeper)
     if processes.is_first():
         folder.begin(arguments)
         if keeper.trainer.epoch > 0:
@@ -192,6 +193,24 @@ def _resume(keeper: Keeper, pretrainer: AutoencoderPretrainer | None) -> Autoenc
         raise UsageError(f"--resume: {path} cannot be used ({error})") from error
     _say(f"resumed after epoch {keeper.trainer.epoch} of {keeper.folder.path}")
     return None
+
+
+def _check_epochs(arguments: argparse.Namespace, keeper: Keeper) -> None:
+    """
+    Raises:
+        UsageError: fewer epochs than are done, or others than the stages had that are done.
+    """
+    folder, trainer = keeper.folder, keeper.trainer
+    if getattr(trainer, "stage", 0) > 0:  # of greedy training
+        epochs = folder.options().epochs
+        if arguments.epochs != epochs:
+            raise UsageError(
+                f"--resume: --epochs is {arguments.epochs}, but the run in {folder.path} has stages with {epochs}"
+            )
+    elif arguments.epochs < trainer.epoch:
+        raise UsageError(
+            f"--resume: --epochs is {arguments.epochs}, but {trainer.epoch} of the run in {folder.path} are done"
+        )
 
 
 def _pretrain(
