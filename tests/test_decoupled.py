@@ -21,7 +21,7 @@ from layerwise_ext.nn import FunctionHead, LocalStage, PooledLinearHead, Reconst
 from layerwise_ext.train import DecoupledTrainer, EarlyStopping, LocalTrainer, Record, ReplayBuffer, Trainer
 from layerwise_ext.train._links import _HEADER, End, Incoming, Replayed, _Batch, _describe, _size, _views
 from layerwise_ext.train.decoupled import _balanced
-from test_train import TOLERANCE, Noisy, adam, arrays, loader, network, same, sgd, snapshot, trainer_for
+from test_train import TOLERANCE, Around, Noisy, adam, arrays, loader, network, same, sgd, snapshot, trainer_for
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -393,6 +393,42 @@ def test_the_trainer_alone_logs(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert sum("the loss of stage 0 is nan" in message for message in messages) == 1
 
 
+def logging_workers(rank: int) -> Trainer:
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("layerwise_ext")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    options = {"early_stopping": EarlyStopping(1, min_delta=10.0)}
+    trainer = trainer_for(DecoupledTrainer, network(), workers=2, **options)
+    trainer.fit(loader(num_workers=1, persistent_workers=True), 2, loader())
+    if rank > 0:
+        assert messages == []
+        return trainer
+    starts = [message.split(":")[0] for message in messages]
+    assert starts.count("epoch 1") == 1 and starts.count("epoch 2") == 1 + 3  # each stage ends
+    assert sum("persistent_workers=True" in message for message in messages) == 1
+    return trainer
+
+
+def test_of_ranks_that_somebody_else_started_the_first_one_logs(tmp_path: Path) -> None:
+    run_members(logging_workers, tmp_path)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_loader_that_keeps_its_workers(wrapped: bool) -> None:
+    """Looking at its first batch leaves it as it was, so that it can be sent; once it has workers it cannot."""
+    data: Any = loader(num_workers=1, persistent_workers=True)
+    given = Around(data) if wrapped else data
+    two, one = trainer_for(DecoupledTrainer, network(), workers=2), trainer_for(LocalTrainer, network())
+    assert without_seconds(two.fit(given, 2)) == without_seconds(one.fit(loader(), 2))
+    assert equal(two.state_dict()["stages"], one.state_dict()["stages"])
+    next(iter(data))
+    with pytest.raises(ValueError, match="sent to other processes by pickle, which fails"):
+        trainer_for(DecoupledTrainer, network(), partition=[1, 2]).fit(given, 1)
+
+
 # -- What is refused ---------------------------------------------------------------------------------------------------
 
 
@@ -469,6 +505,7 @@ def test_bad_arguments() -> None:
     stop = trainer_for(DecoupledTrainer, network(), partition=[1, 2]).state_dict()
     for error, message, make in [
         (ValueError, "workers is None and partition is None; one of them", lambda: DecoupledTrainer(network())),
+        (TypeError, "partition is 2; allowed: a sequence", lambda: DecoupledTrainer(network(), partition=2)),
         (ValueError, "one only", lambda: DecoupledTrainer(network(), workers=2, partition=[1, 2])),
         (
             ValueError,

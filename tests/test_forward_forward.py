@@ -51,8 +51,8 @@ def test_pairs_are_each_image_with_its_label_and_with_a_wrong_one() -> None:
     drawn = torch.zeros(CLASSES, CLASSES)
     for _ in range(20):
         for (both, kinds), (images, labels) in zip(pairs, plain, strict=True):
-            assert kinds.tolist() == [1] * 8 + [0] * 8
-            right, wrong = both.chunk(2)
+            assert kinds.tolist() == [1, 0] * 8
+            right, wrong = both[0::2], both[1::2]
             found = wrong.flatten(1)[:, :CLASSES].argmax(1)
             assert torch.equal(right, write_labels(images, labels, CLASSES))
             assert torch.equal(wrong, write_labels(images, found, CLASSES))
@@ -61,6 +61,13 @@ def test_pairs_are_each_image_with_its_label_and_with_a_wrong_one() -> None:
     assert (drawn + torch.eye(CLASSES)).min() > 0  # every wrong label has its turn
     with pytest.raises(ValueError, match="num_classes is 1; allowed: 2 or more"):
         LabelledPairs(loader(), 1)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 4, 8])
+def test_each_part_of_a_batch_has_both_kinds(parts: int) -> None:
+    """Contiguous ones, which several processes get."""
+    for _, kinds in LabelledPairs(loader(), CLASSES):
+        assert all(set(part.tolist()) == {0, 1} for part in kinds.tensor_split(parts))
 
 
 def goodness_by_hand(model: StagedModel, images: Tensor) -> Tensor:

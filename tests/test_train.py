@@ -6,7 +6,8 @@ import copy
 import io
 import itertools
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -335,6 +336,48 @@ def test_an_interrupted_fit_goes_on_and_a_finished_one_stays(kind: type[Trainer]
     assert same(before, nn.ModuleList(trainer.stages).state_dict())
 
 
+def test_greedy_training_that_is_over_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    trainer = trainer_for(GreedyTrainer, network())
+    with caplog.at_level(logging.WARNING):
+        trainer.fit(loader(), 1)
+        assert not caplog.records
+        assert len(trainer.fit(loader(), 5)) == 3  # stages that are done keep their epochs
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert warning == "all 3 stages are trained; nothing is left to do"
+    with pytest.raises(RuntimeError, match="all 3 stages are trained; there is none that a step could train"):
+        trainer.step(*arrays())
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_loader_that_cannot_be_resumed_exactly_is_named(
+    persistent: bool, wrapped: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    data: Any = loader(num_workers=1, persistent_workers=persistent)
+    trainer = trainer_for(LocalTrainer, network())
+    with caplog.at_level(logging.WARNING):
+        trainer.fit(Around(data) if wrapped else data, 2)
+    messages = [record.getMessage() for record in caplog.records]
+    assert sum("persistent_workers=True" in message for message in messages) == persistent
+
+
+class Around:
+    """A loader around another one."""
+
+    def __init__(self, loader: DataLoader) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader)
+
+
+def test_records_of_greedy_training_evaluate_the_stages_before() -> None:
+    for record in trainer_for(GreedyTrainer, network()).fit(loader(), 1, loader()):
+        (stage,) = record["stages"]
+        lengths = [len(record[f"{part}_{name}"]) for part in ("train", "val") for name in ("loss", "accuracy")]
+        assert lengths == [1, 1, stage + 1, stage + 1]
+
+
 def test_a_loaded_trainer_shares_nothing_with_the_saved_one() -> None:
     first, second = trainer_for(LocalTrainer, network(), adam), trainer_for(LocalTrainer, network(), adam)
     first.fit(loader(), 1)
@@ -596,3 +639,19 @@ def test_bad_arguments() -> None:
     ]:
         with pytest.raises(error, match=message):
             make()
+
+
+@pytest.mark.parametrize("kind", [JointTrainer, LocalTrainer])
+def test_a_batch_without_labels_has_no_part_in_losses(kind: type[Trainer]) -> None:
+    images, target = arrays(16)
+    nothing = torch.full_like(target, -100)
+    trainer, expected = (trainer_for(kind, network()) for _ in range(2))
+    record = trainer.evaluate([(images, target), (images, nothing)])
+    known = expected.evaluate([(images, target)])
+    assert record["loss"] == known["loss"] and record["accuracy"] == known["accuracy"]
+    assert record["samples"] == 2 * known["samples"]
+    (epoch,) = trainer.fit([(images, nothing), (images, target)], 1)
+    assert all(map(math.isfinite, epoch["train_loss"]))
+    before = snapshot(nn.ModuleList(trainer.stages))
+    assert all(value.isfinite().all() for value in before.values())
+    assert all(map(math.isnan, trainer.evaluate([(images, nothing)])["loss"]))

@@ -176,6 +176,12 @@ def test_bad_arguments(kind: type[Trainer], options: dict[str, Any], message: st
         kind(network(), **options)
 
 
+@pytest.mark.parametrize("blocks", [2, "12"])
+def test_blocks_are_a_sequence(blocks: Any) -> None:
+    with pytest.raises(TypeError, match=rf"blocks is {blocks!r}; allowed: a sequence of numbers of stages"):
+        LocalTrainer(network(), blocks=blocks)
+
+
 def test_stages_with_gradients_need_a_trainer_with_gradients() -> None:
     stages = detached(network(), [True, False, True])
     with pytest.raises(ValueError, match=r"stages\[1\] has detach=False; local training needs detach=True"):

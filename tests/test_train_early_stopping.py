@@ -140,8 +140,12 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="early_stopping looks at val_loss: val_loader must be given"):
         trainer.fit(loader(), 1)
     trainer, _ = scripted(JointTrainer, {2: [math.nan]}, early_stopping=EarlyStopping(1, metric="val_accuracy"))
-    with pytest.raises(ValueError, match=r"stages\[2\] has no classifier, use metric='val_loss'"):
+    with pytest.raises(ValueError, match=r"stages\[2\] has no val_accuracy, as its head has no classifier or"):
         trainer.fit(loader(), 1, loader())
+    trainer = trainer_for(JointTrainer, network(), early_stopping=EarlyStopping(1, metric="val_accuracy"))
+    unlabelled = [(images, torch.full_like(target, -100)) for images, target in loader()]
+    with pytest.raises(ValueError, match=r"or val_loader has no labels; use metric='val_loss'"):
+        trainer.fit(loader(), 1, unlabelled)
     with pytest.raises(ValueError, match="the state has early_stopping; this trainer has not"):
         trainer_for(JointTrainer, network()).load_state_dict(trainer.state_dict())
 

@@ -234,6 +234,24 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
         LocalTrainer(network(), **options)
 
 
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_optimizers_and_schedules_are_functions(kind: type[Trainer]) -> None:
+    model = network()
+    made = torch.optim.Adam(model.parameters())
+    schedule = torch.optim.lr_scheduler.StepLR(made, 1)
+    for options, message in [
+        (
+            {"optimizer": made},
+            "optimizer is Adam; allowed: a function that makes an optimiser from a list of parameters",
+        ),
+        ({"optimizer": [sgd, sgd, made]}, r"optimizer\[2\] is Adam; allowed: a function"),
+        ({"scheduler": schedule}, "scheduler is StepLR; allowed: a function that makes a learning-rate scheduler from"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            kind(model, device="meta", **options)
+    assert all(p.device.type == "cpu" for p in model.parameters())  # nothing was done before
+
+
 # -- The documentation -------------------------------------------------------------------------------------------------
 
 

@@ -180,8 +180,9 @@ class Part(LocalTrainer):
             self._outgoing.send(features, target, *([image] if self._sends_images else []))
         return result
 
-    def _log(self, record: Record) -> None:
-        """The trainer does, in its own process."""
+    @property
+    def _logs(self) -> bool:
+        return False  # the trainer does, in its own process
 
     def _has_stopped(self, group: int) -> bool:
         return self._stopped[group]  # as the trainer says, who sees the validation data
@@ -246,7 +247,7 @@ class Processes:
     def __init__(self, jobs: Sequence[Job]) -> None:
         try:
             encoded = [_encode(job) for job in jobs]
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
+        except (pickle.PicklingError, AttributeError, TypeError, NotImplementedError) as error:
             raise ValueError(
                 f"stages, optimisers and loader are sent to other processes by pickle, which fails: {error}. Define "
                 "classes and functions at the top of a module, or start the processes with torchrun"

@@ -102,8 +102,11 @@ def make_blocks(
     """Blocks of so many stages each.
 
     Raises:
+        TypeError: ``sizes`` is no sequence.
         ValueError: sizes that are not those of these stages; what the trainers say of the other arguments.
     """
+    if not isinstance(sizes, Sequence) or isinstance(sizes, str):
+        raise TypeError(f"blocks is {sizes!r}; allowed: a sequence of numbers of stages, such as [1, 2], None")
     if min(sizes, default=1) < 1 or sum(sizes) != len(stages):
         raise ValueError(f"blocks is {list(sizes)}; the sizes must be 1 or more and add up to the {len(stages)} stages")
     hidden = len(stages) - len(sizes)

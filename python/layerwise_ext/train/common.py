@@ -78,7 +78,8 @@ class Trainer(Resumable, Evaluator):
             kept. None: this process alone.
 
     Raises:
-        TypeError: ``process_group`` is no process group.
+        TypeError: ``optimizer`` or ``scheduler`` is no function or sequence of functions; ``process_group`` is no
+            process group.
         ValueError: an argument out of range; a sequence of another length than there are optimisers; (``cuda_graph``)
             stages that are not on a CUDA device, a batch norm with ``momentum=None``, ``accumulate`` above 1, float16
             (also with stages of their own ``cuda_graph``), several processes.
@@ -108,6 +109,9 @@ class Trainer(Resumable, Evaluator):
     ) -> None:
         self.stages = list(stages)
         self._check_stages()
+        optimizers.check("optimizer", "an optimiser from a list of parameters", optimizer)
+        if scheduler is not None:
+            optimizers.check("scheduler", "a learning-rate scheduler from an optimiser", scheduler)
         if accumulate < 1:
             raise ValueError(f"accumulate is {accumulate}; allowed: 1 or more batches")
         if clip_norm is not None and not 0 < clip_norm < math.inf:
@@ -328,8 +332,8 @@ class Trainer(Resumable, Evaluator):
 
         Raises:
             ValueError: ``epochs`` below 1; early stopping without a ``val_loader``, or on the accuracy of a head
-                without a classifier; (``process_group``) a batch with fewer samples than processes, or processes that
-                are not at the same epoch.
+                without a classifier or of images without labels; (``process_group``) a batch with fewer samples than
+                processes, or processes that are not at the same epoch.
             TypeError: something else than a :class:`Callback` among ``callbacks``.
             RuntimeError: the loader gave no batches; another process has ended, or its loader gave another number.
         """
@@ -348,6 +352,11 @@ class Trainer(Resumable, Evaluator):
         modules = [*self.stages, *self._averages]
         self._replicas.broadcast(t for m in modules for t in (*m.parameters(), *m.buffers()))
         self._loader = loader
+        if self._logs and keeps_workers(loader):
+            logger.warning(
+                "the loader has persistent_workers=True, so it draws their seed once and not in each epoch: a run that "
+                "is resumed has other random numbers than one without an interruption"
+            )
         if self._saved_random_state is not None:
             random_state.restore(self._saved_random_state, loader, self.device)
             self._saved_random_state = None
@@ -370,10 +379,15 @@ class Trainer(Resumable, Evaluator):
             self.schedulers[group].step()
         self._count_epoch()
         self.history.append(record)
-        if self._replicas.rank == 0:
+        if self._logs:
             self._log(record)
         for callback in callbacks:
             callback.on_epoch_end(self, record)
+
+    @property
+    def _logs(self) -> bool:
+        """Whether this process writes the log: of those that train together the first one."""
+        return self._replicas.rank == 0
 
     def _log(self, record: Record) -> None:
         """The last record of the history, and what is wrong with it."""
@@ -404,14 +418,18 @@ class Trainer(Resumable, Evaluator):
             stages, watch = self._stages_of(group), self._watches[group]
             value = values[stages[-1]]
             if math.isnan(value) and watch.settings.metric == "val_accuracy":
-                raise ValueError(f"early_stopping: stages[{stages[-1]}] has no classifier, use metric='val_loss'")
+                raise ValueError(
+                    f"early_stopping: stages[{stages[-1]}] has no val_accuracy, as its head has no classifier or "
+                    "val_loader has no labels; use metric='val_loss'"
+                )
             kept: list[nn.Module] = [self.stages[index] for index in stages]
             kept += [self._averages[index] for index in stages if self._averages]
             watch.update(value, self.epoch + 1, kept)
             if watch.stopped:
                 self._adopt_averages(stages)
                 best = "" if watch.best is None else f"; best in epoch {watch.best_epoch}: {watch.best:.4f}"
-                logger.info("epoch %d: training of stages %s ends%s", self.epoch + 1, stages, best)
+                if self._logs:
+                    logger.info("epoch %d: training of stages %s ends%s", self.epoch + 1, stages, best)
 
     def _adopt_averages(self, stages: list[int]) -> None:
         """Their training has ended: what is built on them sees what is evaluated."""
@@ -464,3 +482,9 @@ def length(loader: Batches) -> int | None:
         return len(loader)  # type: ignore[arg-type]
     except TypeError:  # an iterable without a length, or a DataLoader over one
         return None
+
+
+def keeps_workers(loader: Any) -> bool:
+    """Whether it, or a loader that it is around, is a DataLoader with persistent workers."""
+    inner = getattr(loader, "loader", None)
+    return bool(getattr(loader, "persistent_workers", False)) or (inner is not None and keeps_workers(inner))

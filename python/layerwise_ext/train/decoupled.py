@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import os
@@ -18,7 +19,7 @@ from layerwise_ext.nn import LocalStage
 from layerwise_ext.train import precision, random_state
 from layerwise_ext.train._workers import Job, Layout, Members, Part, Processes, State
 from layerwise_ext.train.callbacks import Callback
-from layerwise_ext.train.common import Trainer, length
+from layerwise_ext.train.common import Trainer, keeps_workers, length
 from layerwise_ext.train.evaluation import Batches
 from layerwise_ext.train.local import LocalTrainer
 from layerwise_ext.train.metrics import Record
@@ -178,7 +179,7 @@ class DecoupledTrainer(LocalTrainer):
         partition = self.layout.partition
         if not self._rank:
             before = random_state.capture(loader, self.device)
-            batch = next(self._on_device(loader), None)
+            batch = next(self._on_device(_aside(loader)), None)
             random_state.restore(before, loader, self.device)
             if batch is not None:
                 partition = _balanced(self.stages, batch[0].shape[1:], len(partition))
@@ -187,6 +188,10 @@ class DecoupledTrainer(LocalTrainer):
         self.layout = Layout(partition, self.layout.replicas)
         self._is_cut = True
         self._check_shared_parameters()
+
+    @property
+    def _logs(self) -> bool:
+        return not self._rank
 
     @property
     def _spreads(self) -> bool:
@@ -312,9 +317,21 @@ def _partition(stages: int, workers: int | None, partition: Sequence[int] | None
             raise ValueError(f"workers is {workers}; allowed: 1 to {stages}, the number of stages")
         return tuple((stages + worker) // workers for worker in range(workers))
     assert partition is not None
+    if not isinstance(partition, Sequence) or isinstance(partition, str):
+        raise TypeError(f"partition is {partition!r}; allowed: a sequence of numbers of stages, such as [3, 4], None")
     if any(count < 1 for count in partition) or sum(partition) != stages:
         raise ValueError(f"partition is {list(partition)}; allowed: numbers from 1 whose sum is {stages}, the stages")
     return tuple(partition)
+
+
+def _aside(loader: Any) -> Any:
+    """A copy to look into where ``loader`` itself would keep its workers, with which it cannot be pickled."""
+    if not keeps_workers(loader):
+        return loader
+    aside = copy.copy(loader)
+    if hasattr(aside, "loader"):
+        aside.loader = _aside(aside.loader)
+    return aside
 
 
 def _balanced(stages: Sequence[LocalStage], image: Sequence[int], workers: int) -> tuple[int, ...]:

@@ -16,8 +16,9 @@ class LabelledPairs:
     """A loader around another one, whose batches hold each image twice: with its own label in it, and with a wrong one.
 
     What :class:`~layerwise_ext.nn.GoodnessHead` is trained on (Hinton 2022, arXiv 2212.13345): batches
-    ``(images [2B, C, H, W], kinds [2B])``, kinds int64, 1 for the first half, 0 for the second, of batches
-    ``(images [B, C, H, W], labels [B])``. Labels are written by :func:`~layerwise_ext.nn.write_labels`; wrong ones are
+    ``(images [2B, C, H, W], kinds [2B])``, kinds int64, 1 and 0 in turn, of batches ``(images [B, C, H, W], labels
+    [B])``: behind each image with its own label is the one with a wrong label, so that parts of a batch, such as those
+    of several processes, have both kinds. Labels are written by :func:`~layerwise_ext.nn.write_labels`; wrong ones are
     drawn with equal probabilities, anew in each epoch. To :meth:`Trainer.evaluate` goes the loader itself.
 
     Args:
@@ -45,4 +46,5 @@ class LabelledPairs:
             steps = torch.randint(1, self.num_classes, labels.shape, generator=self.generator)
             wrong = (labels + steps.to(labels.device)) % self.num_classes
             pairs = [write_labels(images, each, self.num_classes) for each in (labels, wrong)]
-            yield torch.cat(pairs), torch.cat([torch.ones_like(labels), torch.zeros_like(labels)])
+            kinds = [torch.ones_like(labels), torch.zeros_like(labels)]
+            yield torch.stack(pairs, 1).flatten(0, 1), torch.stack(kinds, 1).flatten()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from layerwise_ext.nn.stage import drop_channels
 from layerwise_ext.train import random_state
+from layerwise_ext.train.callbacks import Callback
 from layerwise_ext.train.common import Trainer, length
 from layerwise_ext.train.evaluation import Batches
 from layerwise_ext.train.feature_cache import FeatureCache
 from layerwise_ext.train.feature_file import FeatureFileError
-from layerwise_ext.train.metrics import StepResult
+from layerwise_ext.train.metrics import Record, StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ class GreedyTrainer(Trainer):
         cache_dir: a folder of this trainer's own, made if need be: the outputs are kept there, in a file that is mapped
             into memory, and may be larger than memory. The file is removed with the end of the stage. A run that is
             resumed uses the file that it finds, after a look at its checksum and at what it was made from (weights
-            of the frozen stages, random generators, number of batches; not the data); another one is computed again.
+            of the frozen stages, random generators, number of batches; not the data), from the end of the stage's first
+            epoch on; otherwise they are computed again.
         cache_limit_bytes: where a stage's inputs would take more than this, in memory or in the file, or the loader has
             no length to tell, the frozen stages run in each step, with a warning in the log.
 
@@ -77,6 +79,23 @@ class GreedyTrainer(Trainer):
         # Generators as they were when the current stage's inputs were computed: a resumed run computes them again.
         self._cache_random_state: dict[str, Any] | None = None
 
+    def fit(
+        self,
+        loader: Batches,
+        epochs: int,
+        val_loader: Batches | None = None,
+        on_epoch_end: Callable[[Trainer, Record], None] | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> list[Record]:
+        """As :meth:`Trainer.fit`, with ``epochs`` for each stage.
+
+        Stages that are done keep their epochs: a larger number in a later call is for those that are not. Where all are
+        done nothing is trained, with a warning in the log.
+        """
+        if self.stage == len(self.stages) and self._logs:
+            logger.warning("all %d stages are trained; nothing is left to do", len(self.stages))
+        return super().fit(loader, epochs, val_loader, on_epoch_end, callbacks)
+
     def _check_stages(self) -> None:
         super()._check_stages()
         for index, stage in enumerate(self.stages):
@@ -88,6 +107,8 @@ class GreedyTrainer(Trainer):
 
     def _step(self, x: Tensor, target: Tensor, weight: float = 1.0, update: bool = True) -> StepResult:
         """One step of the current stage on its inputs ``x``."""
+        if self.stage == len(self.stages):
+            raise RuntimeError(f"all {len(self.stages)} stages are trained; there is none that a step could train")
         stage = self.stages[self.stage]
         x = x.detach()
         if self.stage > 0 and (dropout := self.stages[self.stage - 1].dropout) is not None:

@@ -35,6 +35,7 @@ class LocalTrainer(Trainer):
             optimiser. Stages with ``detach=True`` cut the graph all the same.
 
     Raises:
+        TypeError: ``blocks`` is no sequence.
         ValueError: a stage with ``detach=False`` where the trainer has ``detach=True``; ``blocks`` with
             ``detach=False`` or of other sizes; ``deep_supervision`` without ``blocks``, weights as in
             :class:`JointTrainer`.

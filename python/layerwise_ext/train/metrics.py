@@ -10,8 +10,9 @@ from torch import Tensor
 
 from layerwise_ext.train.replicas import ReplicaGroup
 
-# One epoch: "epoch" (from 1), "stages" (indices that the lists below are about), "train_loss", "train_accuracy", with a
-# val_loader also "val_loss" and "val_accuracy" (lists of floats), and "seconds" (training only).
+# One epoch: "epoch" (from 1), "stages" (indices of those that were trained), "train_loss" and "train_accuracy" (lists
+# of floats, of these stages), with a val_loader also "val_loss" and "val_accuracy" (of these stages, too, but in greedy
+# training of each one up to the one that was trained), and "seconds" (training only).
 Record = dict[str, Any]
 
 
@@ -26,16 +27,22 @@ class StepResult(NamedTuple):
 
 
 class Metrics:
-    """Loss and accuracy per stage over an epoch, accumulated on the device and read once."""
+    """Loss and accuracy per stage over an epoch, accumulated on the device and read once.
+
+    A loss of labels is NaN for a batch that has none, as in ``cross_entropy``: such a batch has no part in the mean.
+    """
 
     def __init__(self, stages: int, device: torch.device) -> None:
         self._loss = torch.zeros(stages, dtype=torch.float64, device=device)
+        self._counted = torch.zeros(stages, dtype=torch.float64, device=device)
         self._correct = torch.zeros(stages, dtype=torch.float64, device=device)
         self._labelled = torch.zeros((), dtype=torch.float64, device=device)
         self.samples = 0
 
     def update(self, result: StepResult, samples: int) -> None:
-        self._loss.add_(result.loss, alpha=samples)
+        has_loss = (result.labelled > 0) | ~result.loss.isnan()
+        self._loss.add_(torch.where(has_loss, result.loss, 0.0), alpha=samples)
+        self._counted.add_(has_loss, alpha=samples)
         self._correct.add_(result.correct)
         self._labelled.add_(result.labelled)
         self.samples += samples
@@ -43,14 +50,15 @@ class Metrics:
     def add_up(self, replicas: ReplicaGroup) -> None:
         """Over all replicas."""
         if replicas.size > 1:
-            own = (self._loss, self._correct, self._labelled[None], self._loss.new_tensor([self.samples]))
-            sizes = [len(t) for t in own]
-            loss, correct, labelled, samples = replicas.add_up(torch.cat(own)).split(sizes)
-            self._loss, self._correct, self._labelled, self.samples = loss, correct, labelled[0], int(samples)
+            samples = self._loss.new_tensor([self.samples])
+            own = (self._loss, self._counted, self._correct, self._labelled[None], samples)
+            parts = replicas.add_up(torch.cat(own)).split([len(t) for t in own])
+            self._loss, self._counted, self._correct, labelled, samples = parts
+            self._labelled, self.samples = labelled[0], int(samples)
 
     def loss(self) -> list[float]:
         """Mean per sample of each stage."""
-        return [value / self.samples for value in self._loss.tolist()]
+        return (self._loss / self._counted).tolist()
 
     def accuracy(self) -> list[float]:
         """Between 0 and 1, of each stage, over the samples with a label; NaN where the head has no classifier."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -18,6 +18,21 @@ Made = TypeVar("Made")
 def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """The paper's optimiser (arXiv 1901.06656): Adam at 5e-4."""
     return torch.optim.Adam(parameters, lr=5e-4)
+
+
+def check(name: str, kind: str, factory: Any) -> None:
+    """``factory`` makes a ``kind``.
+
+    Raises:
+        TypeError: it is neither a function nor a sequence of functions.
+    """
+    is_sequence = isinstance(factory, Sequence)
+    for index, each in enumerate(factory if is_sequence else [factory]):
+        if not callable(each):
+            raise TypeError(
+                f"{name}{f'[{index}]' if is_sequence else ''} is {type(each).__name__}; allowed: a function that makes "
+                f"{kind}, or a sequence of such functions"
+            )
 
 
 def make(name: str, factory: Callable[[T], Made] | Sequence[Callable[[T], Made]], arguments: Sequence[T]) -> list[Made]:
