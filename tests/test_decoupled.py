@@ -21,7 +21,8 @@ from layerwise_ext.nn import FunctionHead, LocalStage, PooledLinearHead, Reconst
 from layerwise_ext.train import DecoupledTrainer, EarlyStopping, LocalTrainer, Record, ReplayBuffer, Trainer
 from layerwise_ext.train._links import _HEADER, End, Incoming, Replayed, _Batch, _describe, _size, _views
 from layerwise_ext.train.decoupled import _balanced
-from test_train import TOLERANCE, Around, Noisy, adam, arrays, loader, network, same, sgd, snapshot, trainer_for
+from test_train import TOLERANCE, adam, arrays, loader, network, same, sgd, snapshot, trainer_for
+from test_train_resume import Around, Noisy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

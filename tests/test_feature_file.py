@@ -12,7 +12,8 @@ import torch
 from layerwise_ext.train import GreedyTrainer, Trainer, feature_file
 from layerwise_ext.train.feature_cache import FeatureCache
 from layerwise_ext.train.feature_file import FeatureFileError
-from test_train import arrays, loader, network, resumable, resume_after, same, trainer_for
+from test_train import arrays, loader, network, same, trainer_for
+from test_train_resume import resumable, resume_after
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from layerwise_ext.train import EarlyStopping, GreedyTrainer, JointTrainer, LocalTrainer, Trainer
-from test_train import TOLERANCE, TRAINERS, loader, network, resume_after, same, sgd, snapshot, trainer_for
+from test_train import TOLERANCE, TRAINERS, loader, network, same, sgd, snapshot, trainer_for
+from test_train_resume import resume_after
 from torch import Tensor
 
 

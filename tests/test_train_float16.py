@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from layerwise_ext.train import GreedyTrainer, JointTrainer, LocalTrainer, Trainer, precision
-from test_train import TRAINERS, loader, network, resume_after, same, trainer_for
+from test_train import TRAINERS, loader, network, same, trainer_for
+from test_train_resume import resume_after
 from torch import nn
 
 BATCHES = [(images.float(), target) for images, target in loader()]

@@ -35,7 +35,8 @@ from layerwise_ext.train import (
     Trainer,
 )
 from test_decoupled import equal
-from test_train import TOLERANCE, Noisy, adam, arrays, loader, network, same, sgd, snapshot, trainer_for
+from test_train import TOLERANCE, adam, arrays, loader, network, same, sgd, snapshot, trainer_for
+from test_train_resume import Noisy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -7,6 +7,7 @@ and captures again when it has changed.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import AbstractContextManager, contextmanager
@@ -154,12 +155,11 @@ def check_capturable(modules: Iterable[nn.Module]) -> None:
 def settings_of(modules: Iterable[nn.Module]) -> Hashable:
     """What of modules is fixed in a graph: addresses, what needs gradients, modes, attributes that are plain values."""
     tensors, values = [], []
-    for module in modules:
-        tensors += [(p.data_ptr(), p.requires_grad) for p in module.parameters()]
-        tensors += [(b.data_ptr(), False) for b in module.buffers()]
-        for child in module.modules():
-            plain = (item for item in vars(child).items() if isinstance(item[1], (bool, int, float, str)))
-            values.append(tuple(item for item in plain if not item[0].startswith("_")))
+    for child in itertools.chain.from_iterable(module.modules() for module in modules):
+        tensors += [(p.data_ptr(), p.requires_grad) for p in child.parameters(recurse=False)]
+        tensors += [(b.data_ptr(), False) for b in child.buffers(recurse=False)]
+        plain = (bool, int, float, str)
+        values += [(name, v) for name, v in vars(child).items() if isinstance(v, plain) and not name.startswith("_")]
     return tuple(tensors), tuple(values)
 
 

@@ -250,7 +250,8 @@ class Processes:
         except (pickle.PicklingError, AttributeError, TypeError, NotImplementedError) as error:
             raise ValueError(
                 f"stages, optimisers and loader are sent to other processes by pickle, which fails: {error}. Define "
-                "classes and functions at the top of a module, or start the processes with torchrun"
+                "classes and functions at the top of a module, make a new DataLoader in place of one that keeps its "
+                "workers, or start the processes with torchrun"
             ) from error
         self._layout = jobs[0].layout
         # In memory: a file would outlive a process that is killed.
